@@ -39,6 +39,7 @@ from sos_dask.stages.ingest import IngestSettings
 from sos_dask.stages.reference import Reference, ReferenceSettings
 from sos_dask.stages.train import Train, TrainSettings
 from sos_dask.stages.uncertainty import Uncertainty, UncertaintySettings
+from sos_dask.stages.unify import Unify, UnifySettings
 from sos_dask.stars.group import DedupeSettings
 from sos_dask.storage import store as _store
 from sos_dask.storage.catalog import Catalog
@@ -161,6 +162,7 @@ status = _public(_store.status)
 train = _step(Train)
 trends = _step(Trends)
 uncertainty = _step(Uncertainty)
+unify = _step(Unify)
 verify = _public(_store.verify)
 
 
@@ -168,8 +170,9 @@ __all__ = [
     "ApplySettings", "AttachSettings", "Catalog", "Cluster", "CompareSettings", "Correction",
     "CoverageSettings", "CrossmatchSettings", "DedupeSettings", "IngestSettings", "Job",
     "MarginSettings", "ReferenceSettings", "SkySettings", "Survey", "TrainSettings",
-    "TrendSettings", "UncertaintySettings", "apply", "attach", "builtin_surveys", "compare",
-    "coverage", "crossmatch", "dedupe", "evidence", "gc", "ingest", "load_job", "load_survey",
+    "TrendSettings", "UncertaintySettings", "UnifySettings", "apply", "attach", "builtin_surveys",
+    "compare", "coverage",
+    "crossmatch", "dedupe", "evidence", "gc", "ingest", "load_job", "load_survey",
     "margin", "plan", "rebuild", "reference", "simulate", "start", "status", "train", "trends",
-    "uncertainty", "verify",
+    "uncertainty", "unify", "verify",
 ]  # fmt: skip

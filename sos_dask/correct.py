@@ -40,6 +40,7 @@ COVERAGE_MEANINGS = {
     FLAG_AMBIGUOUS: "more than one reference star may be this star",
 }
 FLAGS = "flag_coverage"
+NOT_COVERED = FLAG_OUTSIDE_TRAINING | FLAG_OUTSIDE
 _ABOUT = {
     "ucd": "stat.fit.goodness",
     "description": "Error in the dense overlap over the error here, at equal snr",

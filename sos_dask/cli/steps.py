@@ -46,6 +46,7 @@ from sos_dask.stages.dedupe import Dedupe
 from sos_dask.stages.ingest import Ingest
 from sos_dask.stages.reference import Reference
 from sos_dask.stages.train import LOCAL_PAIRS, Train, asks_workers, metrics_of
+from sos_dask.stages.unify import Unify
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.objects import as_path, followed, on_disk
 from sos_dask.surveys.definition import load_survey
@@ -149,8 +150,35 @@ def reference(
 
     Example: sos-dask reference apogee=apogee.stars galah=galah.stars -o reference
     """
+    paths = _by_survey(catalogs)
+    opened = open_catalogs(paths.values(), key)
+    stars = {f"stars.{name}": one for name, one in zip(paths, opened, strict=True)}
+    return Reference(
+        stars, options.settings(order=tuple(paths), offsets={} if no_offsets else "measured")
+    )
+
+
+@command(Unify)
+def unify(
+    catalogs: list[str], *, stars: Names = None, reference: Path | None = None, key: Names = None,
+    options: Options,
+) -> Stage[Any]:  # fmt: skip
+    """Make one row a star of the rows of all surveys, with labels averaged.
+
+    Example: sos-dask unify apogee=apogee.observations lamost=lamost.corrected -o sos
+    """
+    paths = _by_survey(catalogs)
+    opened = open_catalogs(paths.values(), key)
+    inputs: dict[str, Any] = {f"rows.{x}": one for x, one in zip(paths, opened, strict=True)}
+    inputs |= {f"stars.{name}": path for name, path in _by_survey(stars or []).items()}
+    inputs |= {"reference": reference} if reference is not None else {}
+    return Unify(inputs, options.settings(order=tuple(paths)))
+
+
+def _by_survey(texts: list[str]) -> dict[str, str]:
+    """Directories by survey, of NAME=DIRECTORY."""
     paths: dict[str, str] = {}
-    for text in catalogs:
+    for text in texts:
         name, _, path = text.partition("=")
         if not (name and path):
             raise ConfigError(f"'{text}' is not NAME=DIRECTORY", "For example apogee=apogee.stars.")
@@ -159,11 +187,7 @@ def reference(
         if name in paths:
             raise ConfigError(f"two surveys are named '{name}'", "Give each a name of its own.")
         paths[name] = path
-    opened = open_catalogs(paths.values(), key)
-    stars = {f"stars.{name}": one for name, one in zip(paths, opened, strict=True)}
-    return Reference(
-        stars, options.settings(order=tuple(paths), offsets={} if no_offsets else "measured")
-    )
+    return paths
 
 
 @command(Crossmatch)

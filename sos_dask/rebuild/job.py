@@ -23,6 +23,7 @@ from sos_dask.stages.ingest import IngestSettings
 from sos_dask.stages.reference import ReferenceSettings
 from sos_dask.stages.train import GeneralisationSettings
 from sos_dask.stages.uncertainty import UncertaintySettings
+from sos_dask.stages.unify import UnifySettings
 from sos_dask.stars.group import DedupeSettings
 from sos_dask.storage.objects import ObjectPath, as_path, on_disk
 
@@ -33,6 +34,9 @@ _LABELS = "Give them in [corrections.NAME]."
 _ELSEWHERE = {
     ("crossmatch", "seed"): _SEED,
     ("dedupe", "labels"): _LABELS,
+    ("unify", "flags"): _LABELS,
+    ("unify", "method"): "It is a key of [reference_union].",
+    ("unify", "offsets"): "It is a key of [reference_union].",
     ("reference_union", "labels"): _LABELS,
     ("crossmatch", "labels"): _LABELS,
     ("crossmatch", "inputs"): _LABELS,
@@ -58,6 +62,16 @@ class SurveySection(Settings):
     files: list[str] = Field(min_length=1)
     override: dict[str, Any] = Field(default_factory=dict)
     dedupe: DedupeSettings | None = None
+
+
+class TargetSection(SurveySection):
+    """A survey that is put on the scale of the reference.
+
+    ``corrections``: names of the [corrections.*] that it gets; default: all whose labels and inputs
+    it has.
+    """
+
+    corrections: list[str] | None = Field(None, min_length=1)
 
 
 class IngestSection(IngestSettings):
@@ -159,8 +173,9 @@ class Job(Settings):
 
     Parameters
     ----------
-    target_name : str, optional
-        Name of the target in products, figures and titles. Default: the name of its survey.
+    target, target_name, targets
+        One survey in ``[target]``, or several in ``[targets.NAME]``. A name stands in products,
+        figures and titles; by default that of its survey.
     path : Path
         The file; relative paths in it are relative to its folder.
     text : str
@@ -172,6 +187,8 @@ class Job(Settings):
         "with the keys survey and files.",
         "corrections": "Each correction has a table of its own, such as [corrections.rv], with the "
         "keys labels, inputs and methods.",
+        "targets": "Each target has a table of its own, such as [targets.lamost], with the keys "
+        "survey and files.",
     }
 
     format: int
@@ -179,8 +196,9 @@ class Job(Settings):
     store: str
     seed: int = Field(0, ge=0, lt=2**31)
     variables: dict[str, str] = Field(default_factory=dict)
-    target: SurveySection
+    target: TargetSection | None = None
     target_name: str | None = None
+    targets: dict[str, TargetSection] = Field(default_factory=dict)
     reference: dict[str, SurveySection] = Field(min_length=1)
     ingest: IngestSection = Field(default_factory=IngestSection)
     dedupe: DedupeSettings = Field(default_factory=DedupeSettings)
@@ -196,6 +214,7 @@ class Job(Settings):
     publish: PublishSection = Field(default_factory=PublishSection)
     attach: dict[str, AttachSection] = Field(default_factory=dict)
     coverage: CoverageSection = Field(default_factory=CoverageSection)
+    unify: UnifySettings | None = None
     projection: ProjectionSettings | None = None
     generalisation: GeneralisationSettings | None = None
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
@@ -218,13 +237,21 @@ class Job(Settings):
         named = {"name": self.name} | {f"reference.{name}": name for name in self.reference}
         named |= {f"attach.{name}": name for name in self.attach}
         named |= {f"corrections.{name}": name for name in self.corrections}
+        named |= {f"targets.{name}": name for name in self.targets}
         if self.target_name is not None:
             named["target_name"] = self.target_name
         for key, name in named.items():
             if not is_name(name):
                 raise ValueError(f"{key}: '{name}' is not a name: {NAME_RULE}")
-        if self.target_name in self.reference:
-            raise ValueError(f"two surveys are named '{self.target_name}'")
+        if self.target is None and (not self.targets or self.target_name is not None):
+            raise ValueError("there is no table [target], or [targets.NAME] for several surveys")
+        for name in filter(None, [self.target_name, *self.targets]):
+            if name in self.reference or (name == self.target_name and name in self.targets):
+                raise ValueError(f"two surveys are named '{name}'")
+        for target in filter(None, [self.target, *self.targets.values()]):
+            for name in target.corrections or ():
+                if name not in self.corrections:
+                    raise ValueError(f"a target names '{name}', which is no [corrections.*]")
         union = self.reference_union
         offsets = () if isinstance(union.offsets, str) else union.offsets
         for key, names in (("order", union.order), ("offsets", offsets)):
@@ -299,10 +326,6 @@ def load_job(path: str | Path) -> Job:
     for (section, key), hint in _ELSEWHERE.items():
         if isinstance(raw.get(section), dict) and key in raw[section]:
             raise ConfigError(f"{path}: unknown key '{section}.{key}'", hint)
-    if "unify" in raw:
-        raise ConfigError(
-            f"{path}: [unify] was renamed", "Write [reference_union]; its keys are the same."
-        )
     try:
         return Job.model_validate({**raw, "path": path.absolute(), "text": text})
     except ValidationError as error:

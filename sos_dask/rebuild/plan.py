@@ -12,14 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from sos_dask import corrections
 from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.evidence.figures import check_rule
 from sos_dask.problem import BUILT_IN, DEFAULT, SNR, Label, Problem, input_of
-from sos_dask.rebuild.job import CorrectionSection, Job, SurveySection
+from sos_dask.rebuild.job import AttachSection, CorrectionSection, Job, SurveySection, TargetSection
 from sos_dask.run.cluster import Cluster, Report
 from sos_dask.run.machine import n_cores
 from sos_dask.schema import CANONICAL, Column, is_gaia_id, nearest
@@ -39,6 +41,7 @@ from sos_dask.stages.report import ReportStage
 from sos_dask.stages.sample import Sample
 from sos_dask.stages.train import Generalisation, Train
 from sos_dask.stages.uncertainty import Uncertainty
+from sos_dask.stages.unify import Unify
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import WORK, Manifest, Recipe, canonical_json, sha256_of_file
@@ -116,35 +119,46 @@ class Planned:
 
 def steps(job: Job) -> list[Step]:
     """List what a job asks for, in the order of the inputs; a wrong job or survey is refused."""
-    job = _checked(job)
-    asked, target = _corrections(job), str(job.target_name)
-    further = dict.fromkeys(name for one in asked for name in one.problem.names)
+    targets = _targets(job)
+    asked = {one.name: _corrections(job, one) for one in targets}
+    further = dict.fromkeys(x for of in asked.values() for one in of for x in one.problem.names)
     labels = tuple(name for name in further if name not in job.reference_union.measured)
-    made = [*_survey_steps(job, target, job.target, labels)]
-    stars = {}
+    of_target = {
+        one.name: [*_survey_steps(job, one.name, one.section, labels, one.attached)]
+        for one in targets
+    }
+    made, stars = list(chain.from_iterable(of_target.values())), {}
+    of_references: list[Step] = []
     for name, section in job.reference.items():
-        made += _survey_steps(job, name, section, labels)
+        of_references += _survey_steps(job, name, section, labels)
         stars[f"stars.{name}"] = f"{name}.stars"
     union = job.reference_union
     union = union.but(order=union.order or tuple(job.reference), labels=labels)
     if "rows_per_partition" not in job.reference_union.model_fields_set:
         union = union.but(rows_per_partition=job.ingest.rows_per_partition)
-    made.append(Step("reference", Reference, union, stars))
-    observations = f"{target}.observations"
-    if job.attach:
-        observations = f"{target}.with-{list(job.attach)[-1]}"
-    made += _pair_steps(job, target, observations, asked)
-    common = [step.product for step in made]
-    for one in asked:
-        mine = list(_correction_steps(job, one, stars, union.order, observations))
-        # A further correction adds its columns to those of the one before.
-        observations = f"{one.place}.corrected"
-        if job.report.enabled:
-            products = [*common, *(step.product for step in mine)]
-            settings = ReportStage.Settings(job=job.name, job_text=job.text)
-            name = f"{one.place}.report" if one.suffix else "report"
-            mine.append(Step(name, ReportStage, settings, {f"product.{x}": x for x in products}))
-        made += mine
+    of_references.append(Step("reference", Reference, union, stars))
+    made += of_references
+    of_surveys: dict[str, str] = {}
+    for target in targets:
+        observations, of_one = target.observations, asked[target.name]
+        pairs = [*_pair_steps(job, target.name, observations, of_one)]
+        common = [step.product for step in (*of_target[target.name], *of_references, *pairs)]
+        made += pairs
+        for one in of_one:
+            mine = [*_correction_steps(job, target, one, stars, union.order, observations)]
+            # A further correction adds its columns to those of the one before.
+            observations = f"{one.place}.corrected"
+            if job.report.enabled:
+                products = [*common, *(step.product for step in mine)]
+                settings = ReportStage.Settings(job=job.name, job_text=job.text)
+                name = f"{one.place}.report" if one.place != targets[0].name else "report"
+                inputs = {f"product.{x}": x for x in products}
+                mine.append(Step(name, ReportStage, settings, inputs))
+            made += mine
+        of_surveys[f"rows.{target.name}"] = observations
+    if job.unify is not None:
+        of_surveys |= {f"rows.{name}": f"{name}.observations" for name in job.reference}
+        made.append(_unify_step(job, asked, union.order, {**of_surveys, **stars}))
     names = [step.product for step in made]
     for name in names:
         if names.count(name) > 1:
@@ -153,8 +167,26 @@ def steps(job: Job) -> list[Step]:
 
 
 @dataclass(frozen=True)
+class _Target:
+    """One target of a job: its name, its table, its measured columns, companions it gets."""
+
+    name: str
+    key: str  # of its table
+    section: TargetSection
+    columns: Mapping[str, Column]
+    attached: Mapping[str, AttachSection]
+
+    @property
+    def observations(self) -> str:
+        """Product with its rows, and what companions add to them."""
+        return (
+            f"{self.name}.{f'with-{list(self.attached)[-1]}' if self.attached else 'observations'}"
+        )
+
+
+@dataclass(frozen=True)
 class _Correction:
-    """One correction of a job: what its products are called, and what it is made with."""
+    """One correction of a target: what its products are called, and what it is made with."""
 
     place: str  # before the names of its products: ``lamost``, or ``lamost.rv``
     suffix: str  # of its coverage and flags in the corrected catalog
@@ -162,16 +194,25 @@ class _Correction:
     params: Mapping[str, dict[str, Any]]  # all, by method
 
 
-def _corrections(job: Job) -> list[_Correction]:
-    """List the corrections of a job in their order; wrong labels, inputs or methods are refused.
+def _corrections(job: Job, target: _Target) -> list[_Correction]:
+    """List the corrections of a target in their order; wrong labels, inputs, methods are refused.
 
-    The first has the names of its products by the target alone.
+    The first has the names of its products by the target alone. Of several targets, one need not
+    have the labels and inputs of every correction.
     """
     found: list[_Correction] = []
-    taken = dict.fromkeys(_target_columns(job), "the target")
+    taken = dict.fromkeys(target.columns, "the target")
+    chosen = target.section.corrections or list(job.corrections)
     for name, section in job.corrections.items():
+        if name not in chosen:
+            continue
         with _key(job, f"corrections.{name}"):
-            problem = _problem(job, name, section)
+            try:
+                problem = _problem(job, name, section, target.columns)
+            except ConfigError:
+                if target.section.corrections or not job.targets:
+                    raise
+                continue
         methods = section.methods or job.train.methods
         for method in methods:
             with _key(job, f"corrections.{name}.methods" if section.methods else "train.methods"):
@@ -188,7 +229,7 @@ def _corrections(job: Job) -> list[_Correction]:
                 f"{job.path}: coverage.fallback = '{job.coverage.fallback}' is not among the "
                 f"methods of [corrections.{name}]"
             )
-        place, suffix = (f"{job.target_name}.{name}", f"_{name}") if found else ("", "")
+        place, suffix = (f"{target.name}.{name}", f"_{name}") if found else ("", "")
         suffix = suffix.replace("-", "_")
         new = [f"coverage{suffix}", f"flag_sos{suffix}"]
         for one in problem.labels:
@@ -202,13 +243,19 @@ def _corrections(job: Job) -> list[_Correction]:
                 )
             taken[column] = f"[corrections.{name}]"
         params = {method: _params(job, method, section.params) for method in methods}
-        found.append(_Correction(place or str(job.target_name), suffix, problem, params))
+        found.append(_Correction(place or target.name, suffix, problem, params))
+    if not found:
+        raise ConfigError(
+            f"{job.path}: {target.key} has the labels and inputs of none of the [corrections.*]",
+            f"It has: {', '.join(target.columns)}.",
+        )
     return found
 
 
-def _problem(job: Job, name: str, section: CorrectionSection) -> Problem:
+def _problem(
+    job: Job, name: str, section: CorrectionSection, target: Mapping[str, Column]
+) -> Problem:
     """Labels with their units, and inputs, which the surveys of a job must have."""
-    target = _target_columns(job)
     references = {x: _columns(job, one) for x, one in job.reference.items()}
     known = BUILT_IN.get(name)
     labels = section.labels or (known.names if known else ())
@@ -254,14 +301,6 @@ def _check_label(name: str, column: Column, references: Mapping[str, Mapping[str
             )
 
 
-def _target_columns(job: Job) -> dict[str, Column]:
-    """Find the measured columns of the target, those of companions included."""
-    found = _columns(job, job.target)
-    for attached in job.attach.values():
-        found |= {name: CANONICAL.get(name, Column(name, "float32")) for name in attached.columns}
-    return found
-
-
 def _columns(job: Job, section: SurveySection) -> dict[str, Column]:
     """Find the measured columns of a survey: numbers that neither name nor place a row."""
     columns = _definition(job, section).columns.items()
@@ -296,13 +335,14 @@ def _pair_steps(
 
 def _correction_steps(
     job: Job,
+    of: _Target,
     one: _Correction,
     stars: Mapping[str, str],
     order: tuple[str, ...],
     observations: str,
 ) -> Iterator[Step]:
     """List the steps of one correction of a target, whose rows are observations."""
-    target, place = str(job.target_name), one.place
+    target, place = of.name, one.place
     pairs, target_stars = f"{target}.pairs", f"{target}.stars"
     yield from _model_steps(job, one, target)
     seen: Inputs = {"evidence": f"{place}.evidence"}
@@ -312,7 +352,7 @@ def _correction_steps(
     settings = _own(job, Uncertainty, job.uncertainty).but(target=target)
     inputs: dict[str, str | Chosen | Path] = {**chosen, "target_stars": target_stars, **both}
     yield Step(f"{place}.uncertainty", Uncertainty, settings, inputs)
-    radius = (job.target.dedupe or job.dedupe).radius_arcsec
+    radius = (of.section.dedupe or job.dedupe).radius_arcsec
     settings = _own(job, Coverage, job.coverage).but(radius_arcsec=radius)
     inputs = {"pairs": pairs, "observations": observations, "stars": target_stars}
     inputs |= {"errors": f"{place}.uncertainty", "sample": f"{target}.sample"}
@@ -329,6 +369,28 @@ def _correction_steps(
     if job.generalisation is not None:
         settings = _own(job, Generalisation, job.generalisation).but(methods=one.params)
         yield Step(f"{place}.generalisation", Generalisation, settings, seen)
+
+
+def _unify_step(
+    job: Job,
+    asked: Mapping[str, Sequence[_Correction]],
+    order: Sequence[str],
+    inputs: Mapping[str, str],
+) -> Step:
+    """Make the step that joins all surveys: by default the labels that the job corrects."""
+    assert job.unify is not None
+    labels = dict.fromkeys(x for of in asked.values() for one in of for x in one.problem.names)
+    flags = {
+        target: {name: f"flag_sos{one.suffix}" for one in of for name in one.problem.names}
+        for target, of in asked.items()
+    }
+    given = job.unify.model_fields_set
+    settings = job.unify.but(flags=flags, order=job.unify.order or (*order, *asked))
+    if "labels" not in given:
+        settings = settings.but(labels=tuple(labels))
+    if "rows_per_partition" not in given:
+        settings = settings.but(rows_per_partition=job.ingest.rows_per_partition)
+    return Step("sos", Unify, settings, {**inputs, "reference": "reference"})
 
 
 def _model_steps(job: Job, one: _Correction, target: str) -> Iterator[Step]:
@@ -356,13 +418,17 @@ def _model_steps(job: Job, one: _Correction, target: str) -> Iterator[Step]:
 
 
 def _survey_steps(
-    job: Job, name: str, section: SurveySection, labels: Sequence[str]
+    job: Job,
+    name: str,
+    section: SurveySection,
+    labels: Sequence[str],
+    companions: Mapping[str, AttachSection] = MappingProxyType({}),
 ) -> Iterator[Step]:
-    """List ingest, attach (to the target) and dedupe of one survey."""
+    """List ingest, attach and dedupe of one survey."""
     survey = _definition(job, section)
     observations = f"{name}.observations"
     yield _ingest_step(job, observations, survey, section.files)
-    for companion, attached in job.attach.items() if section is job.target else ():
+    for companion, attached in companions.items():
         columns = dict(attached.columns)
         other: str | Path
         if attached.catalog is not None:
@@ -381,7 +447,7 @@ def _survey_steps(
         margin = Margin.Settings(radius_arcsec=job.ingest.margin_arcsec)
         yield Step(f"{name}.collection", Margin, margin, {"catalog": observations})
     dedupe = section.dedupe or job.dedupe
-    known = _columns(job, section) if section is not job.target else _target_columns(job)
+    known = {**_columns(job, section), **_attached(companions)}
     dedupe = dedupe.but(labels=tuple(label for label in labels if label in known))
     yield Step(f"{name}.stars", Dedupe, dedupe, {"observations": observations})
 
@@ -421,27 +487,37 @@ def _key(job: Job, key: str) -> Iterator[None]:
         raise type(error)(f"{job.path}: {key}: {error.message}", error.hint) from None
 
 
-def _checked(job: Job) -> Job:
-    """Job whose target has a name; wrong surveys, methods and parameters are refused."""
-    sections = {"target": job.target} | {f"reference.{n}": s for n, s in job.reference.items()}
-    for name, section in sections.items():
-        with _key(job, f"{name}.survey"):
+def _targets(job: Job) -> list[_Target]:
+    """Name the targets, of which the first has companions; wrong surveys are refused."""
+    sections = {"target": job.target} if job.target is not None else {}
+    sections |= {f"targets.{name}": section for name, section in job.targets.items()}
+    found: list[_Target] = []
+    for key, section in sections.items():
+        with _key(job, f"{key}.survey"):
             definition = _definition(job, section)
-        union = job.reference_union
-        for label in union.known_offsets.get(name.removeprefix("reference."), {}):
-            if label not in (columns := _columns(job, section)):
-                text = f"{job.path}: reference_union.offsets: {name} has no '{label}'"
+        name = (job.target_name or definition.name) if key == "target" else key.partition(".")[2]
+        if name in job.reference or name in [one.name for one in found]:
+            raise ConfigError(
+                f"{job.path}: the target's survey and another one are named '{name}'",
+                'Give the target another name: target_name = "...".',
+            )
+        attached = {} if found else job.attach
+        columns = _columns(job, section) | _attached(attached)
+        found.append(_Target(name, f"[{key}]", section, columns, attached))
+    for name, other in job.reference.items():
+        with _key(job, f"reference.{name}.survey"):
+            columns = _columns(job, other)
+        for label in job.reference_union.known_offsets.get(name, {}):
+            if label not in columns:
+                text = f"{job.path}: reference_union.offsets: reference.{name} has no '{label}'"
                 raise ConfigError(text, nearest(label, columns))
-        if name == "target" and job.target_name is None:
-            job = job.model_copy(update={"target_name": definition.name})
-            if definition.name in job.reference:
-                raise ConfigError(
-                    f"{job.path}: the target's survey and a reference are named "
-                    f"'{definition.name}'",
-                    'Give the target another name: target_name = "...".',
-                )
-    _corrections(job)
-    return job
+    return found
+
+
+def _attached(companions: Mapping[str, AttachSection]) -> dict[str, Column]:
+    """Find the columns that companions add."""
+    names = [name for one in companions.values() for name in one.columns]
+    return {name: CANONICAL.get(name, Column(name, "float32")) for name in names}
 
 
 def _definition(job: Job, section: SurveySection) -> Survey:

@@ -29,8 +29,8 @@ from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run
 from sos_dask.stages.evidence import OnEvidence, fitted_columns, held_out_columns, of_surveys
-from sos_dask.stages.reference import in_order
 from sos_dask.stages.sample import read_sample
+from sos_dask.stars.union import in_order
 from sos_dask.stats.bootstrap import draw
 from sos_dask.stats.numbers import ALL, MIN_COUNT, Axis, equal_count_edges, robust_scale
 from sos_dask.storage.artifact import Output

@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
 
-from sos_dask.columns import BoolArray, IntArray, floats, floats_or_nan
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, YEARS
-from sos_dask.settings import RowsPerPartition
-from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, Ranges, in_ranges, plan_partitions
-from sos_dask.stages.base import (
-    Made,
-    Place,
-    Role,
-    Run,
-    Stage,
-    by_pixel,
-    motion_of,
-    partition_record,
-    places,
-)
-from sos_dask.stars.group import GAIA_IDS, Radii, group_around, rank_of
-from sos_dask.stars.match import MOTION, at_epoch, moved_arcsec
-from sos_dask.stars.unify import UnifySettings, common_differences, unify, with_errors
+from sos_dask.columns import floats, floats_or_nan
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
+from sos_dask.sky.healpix import HealpixPixel
+from sos_dask.stages.base import Made, Role, Run, by_pixel, partition_record
+from sos_dask.stages.united import United, UnitedSettings, together, with_text_key
+from sos_dask.stars.group import GAIA_IDS
+from sos_dask.stars.match import MOTION
+from sos_dask.stars.union import UnionSettings, common_differences, in_order, unite, with_errors
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Rows
 
-_HISTOGRAM_ORDER = 8
 _STAR_COLUMNS = ("star_id", "quality", "flag_spread", *(f"{label}_spread" for label in LABELS))
 _COLUMNS = (HEALPIX_COLUMN, *_STAR_COLUMNS, *CANONICAL)
 # What decides which rows are one star.
@@ -42,19 +29,11 @@ _COMPARED = (HEALPIX_COLUMN, "star_id", "ra", "dec", *MOTION, *GAIA_IDS.values()
 MIN_COMMON = 50
 
 
-class ReferenceSettings(UnifySettings, Radii):
+class ReferenceSettings(UnionSettings, UnitedSettings):
     """How the stars of the reference surveys are united."""
 
-    epoch: float = Field(
-        2016.0,
-        ge=YEARS[0],
-        le=YEARS[1],
-        description="Julian year to which positions with proper motions are moved.",
-    )
-    rows_per_partition: RowsPerPartition = 1_000_000
 
-
-class Reference(Stage[ReferenceSettings]):
+class Reference(United[ReferenceSettings]):
     """Unite the stars of the reference surveys.
 
     Rows in are the stars of all surveys, rows out stars; the others are merged with another
@@ -65,12 +44,13 @@ class Reference(Stage[ReferenceSettings]):
     version = 7
     Settings = ReferenceSettings
     roles = (Role("stars", "Stars of a survey (output of dedupe), by its name.", many=True),)
-    motion_arcsec = 0.0
-    unify: UnifySettings
+    of_surveys = "stars"
+    union: UnionSettings
 
-    def surveys(self) -> dict[str, Catalog]:
-        """Catalogs of stars by survey."""
-        return {name.removeprefix("stars."): self.catalog(name) for name in self.inputs}
+    @property
+    def order(self) -> Sequence[str]:
+        """Surveys, the preferred first; others follow by name."""
+        return self.settings.order
 
     def check(self) -> None:
         """Refuse catalogs that lack a column, and offsets of one that they do not have."""
@@ -80,35 +60,25 @@ class Reference(Stage[ReferenceSettings]):
 
     def make(self, run: Run) -> Made:
         """Plan the partitions, measure the zero points, and unite the stars of each partition."""
-        catalogs, self.unify = self.surveys(), self.settings
-        histogram = np.zeros(12 * 4**_HISTOGRAM_ORDER, dtype=np.int64)
-        for record in run.parts("counts", places(catalogs), self.count_rows, "reference plan"):
-            np.add.at(histogram, record["cells"], record["rows"])
-        pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, self.settings.rows_per_partition)
-        n_bytes = 0
-        for catalog in (one for one in catalogs.values() if one.n_rows):
-            pixel, of_pixel = catalog.largest_partition()
-            n_bytes += of_pixel * catalog.n_rows // catalog.partition_rows(pixel)
-        self.require_pixel(run.cluster, pixels, histogram, n_bytes)
-        motions = map(motion_of, catalogs.values())
-        self.motion_arcsec = max(moved_arcsec(one, self.settings.epoch) for one in motions)
+        catalogs, self.union = self.surveys(), self.settings
+        pixels = self.plan(run, "reference")
         parts = by_pixel(pixels)
         if self.settings.offsets == "measured" and len(catalogs) > 1:
             run.parts("common", parts, self.compare_surveys, "zero points")
             common = [run.output.read_piece(f"common-{key}") for key in parts]
-            self.unify = self.unify.but(offsets=_zero_points(pa.concat_tables(common)))
+            self.union = self.union.but(offsets=_zero_points(pa.concat_tables(common)))
         done = run.parts("stars", parts, self.stars_of_pixel)
         no_rows = {
             survey: one.schema.empty_table().select(one.columns(self._columns))
             for survey, one in catalogs.items()
         }
-        schema = unify(_together(no_rows), np.empty(0, dtype=np.int64), self.unify).schema
+        schema = unite(together(no_rows), np.empty(0, dtype=np.int64), self.union).schema
         n_out = run.write_catalog(self.product, pixels, done, schema)
         merged = sum(record["n_members"] for record in done) - n_out
         summary = {
             "stars_in_several_surveys": sum(record["n_several"] for record in done),
             "stars": {survey: catalog.n_rows for survey, catalog in catalogs.items()},
-            "offsets": {survey: dict(of) for survey, of in self.unify.known_offsets.items()},
+            "offsets": {survey: dict(of) for survey, of in self.union.known_offsets.items()},
         }
         return Rows(sum(c.n_rows for c in catalogs.values()), n_out, 0, {"merged": merged}), summary
 
@@ -117,67 +87,22 @@ class Reference(Stage[ReferenceSettings]):
         """Columns of the surveys that the stars are made of."""
         return tuple(dict.fromkeys([*_COLUMNS, *with_errors(self.settings.labels)]))
 
-    def count_rows(self, output: Output, key: str, item: Place) -> dict[str, Any]:
-        """Count the stars of a survey's partition by cell, at the common epoch."""
-        survey, pixel = item
-        catalog = self.catalog(f"stars.{survey}")
-        columns = catalog.columns([HEALPIX_COLUMN, "ra", "dec", *MOTION])
-        table = at_epoch(catalog.read(pixel, columns), self.settings.epoch)
-        cells = table[HEALPIX_COLUMN].to_numpy() >> 2 * (MAX_ORDER - _HISTOGRAM_ORDER)
-        cells, rows = np.unique(cells, return_counts=True)
-        return {"cells": cells.tolist(), "rows": rows.tolist()}
-
     def compare_surveys(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Keep the differences of the stars of one partition that several surveys have."""
-        members, primary = self._members(pixel, (*_COMPARED, *self.settings.measured))
+        members, primary = self.members(pixel, (*_COMPARED, *self.settings.measured))
         table = common_differences(members, primary, self.settings)
         output.write_piece(f"common-{key}", table)
         return {}
 
     def stars_of_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Write the stars whose primary lies in one partition, at the common epoch."""
-        members, primary = self._members(pixel, self._columns)
-        stars = unify(members, primary, self.unify)
+        members, primary = self.members(pixel, self._columns)
+        stars = unite(members, primary, self.union)
         return {
             "file": partition_record(output, pixel, stars),
             "n_members": members.num_rows,
             "n_several": int(np.count_nonzero(stars["n_surveys"].to_numpy() > 1)),
         }
-
-    def _members(self, pixel: HealpixPixel, columns: Sequence[str]) -> tuple[pa.Table, IntArray]:
-        """Rows of the stars whose primary lies in a partition, and each one's primary."""
-        settings, catalogs = self.settings, self.surveys()
-
-        def read(ranges: Ranges) -> tuple[pa.Table, BoolArray]:
-            rows = {
-                survey: at_epoch(one.read_ranges(ranges, one.columns(columns)), settings.epoch)
-                for survey, one in catalogs.items()
-            }
-            table = _together(rows).combine_chunks()
-            order = np.argsort(table[HEALPIX_COLUMN].to_numpy(), kind="stable")
-            table = table.take(pa.array(order))
-            return table, in_ranges(table[HEALPIX_COLUMN].to_numpy(), [(pixel.first, pixel.stop)])
-
-        reach = max(settings.radius_arcsec, settings.id_radius_arcsec) + self.motion_arcsec
-        ranks = partial(_ranks, order=settings.order)
-        table, inside, primary = group_around(pixel, read, ranks, reach, settings, self.product)
-        ours = inside[primary]
-        row_of = np.cumsum(ours) - 1
-        return table.filter(pa.array(ours)), row_of[primary[ours]]
-
-
-def _together(tables: Mapping[str, pa.Table]) -> pa.Table:
-    """Stars of all surveys in one table, keys as text, with the survey's name in a column."""
-    parts = [
-        _with_text_key(table).append_column("survey", pa.repeat(survey, len(table)))
-        for survey, table in tables.items()
-    ]
-    return pa.concat_tables(parts, promote_options="permissive")
-
-
-def _with_text_key(table: pa.Table) -> pa.Table:
-    index = table.schema.get_field_index("star_id")
-    return table.set_column(index, "star_id", table["star_id"].cast(pa.string()))
 
 
 def _zero_points(common: pa.Table) -> dict[str, dict[str, float]]:
@@ -190,17 +115,6 @@ def _zero_points(common: pa.Table) -> dict[str, dict[str, float]]:
         found = {x: float(np.median(v)) for x, v in known.items() if len(v) >= MIN_COMMON}
         offsets |= {survey: found} if found else {}
     return offsets
-
-
-def _ranks(table: pa.Table, order: tuple[str, ...]) -> IntArray:
-    """Preference for the primary: the survey's place in the order or its name, then the key."""
-    rank = np.empty(table.num_rows, dtype=np.int64)
-    first = 0
-    for name in in_order(pc.unique(table["survey"]).to_pylist(), order):
-        rows = np.flatnonzero(pc.equal(table["survey"], name).to_numpy())
-        rank[rows] = first + rank_of(table["star_id"].take(pa.array(rows)))
-        first += len(rows)
-    return rank
 
 
 def common_stars(
@@ -235,12 +149,6 @@ def common_stars(
         yield one, other, table.take(pa.array(i)), others.take(pa.array(j))
 
 
-def in_order(surveys: Iterable[str], order: Sequence[str]) -> list[str]:
-    """List surveys in the given order, others after them by name."""
-    surveys = sorted(surveys)
-    return [name for name in order if name in surveys] + [s for s in surveys if s not in order]
-
-
 def _sources(reference: Catalog) -> pa.Table:
     """Rows of the stars that several surveys have: number and id of the star, survey, key there."""
     names = ["star_id", "sources"]
@@ -261,9 +169,9 @@ def _sources(reference: Catalog) -> pa.Table:
 def _good_rows(catalog: Catalog, wanted: pa.ChunkedArray) -> pa.Table:
     """Rows with quality 0 of a catalog of stars, by key as text."""
     names = ["star_id", "quality", *catalog.columns(LABELS)]
-    kept = [_with_text_key(catalog.schema.empty_table().select(names))]
+    kept = [with_text_key(catalog.schema.empty_table().select(names))]
     for pixel in catalog.pixels:
-        table = _with_text_key(catalog.read(pixel, names))
+        table = with_text_key(catalog.read(pixel, names))
         good = pc.and_(pc.equal(table["quality"], 0), pc.is_in(table["star_id"], wanted))
         kept.append(table.filter(good))
     return pa.concat_tables(kept)

@@ -21,7 +21,7 @@ from sos_dask.errors import SosError
 from sos_dask.evidence.coverage import MEASURES
 from sos_dask.stages.coverage import CoverageSettings
 from sos_dask.stars.group import DedupeSettings
-from sos_dask.stars.unify import UnifySettings
+from sos_dask.stars.union import UnionSettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import MANIFEST
 from tests.command_line import LAMOST, assert_nothing_final, command
@@ -163,7 +163,7 @@ def test_the_readme_states_the_exit_codes():
 def test_help_names_every_method(cli):
     trained = cli("train", "--help").out
     assert [name for name in models.methods() if name not in trained] == []
-    for name, settings in (("dedupe", DedupeSettings), ("reference", UnifySettings)):
+    for name, settings in (("dedupe", DedupeSettings), ("reference", UnionSettings)):
         known = get_args(settings.model_fields["method"].annotation)
         assert len(known) > 1
         helping = cli(name, "--help").out

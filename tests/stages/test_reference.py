@@ -13,7 +13,7 @@ from sos_dask.sky.healpix import ang2pix, propagate
 from sos_dask.stages.reference import MIN_COMMON, ReferenceSettings, common_stars
 from sos_dask.stars.combine import combine
 from sos_dask.stars.group import GAIA_IDS, DedupeSettings, group, rank_of
-from sos_dask.stars.unify import unify
+from sos_dask.stars.union import unite
 from sos_dask.storage.catalog import Catalog
 from tests.job import contents
 from tests.skies import observations, write_catalog
@@ -69,7 +69,7 @@ def united(tables: dict[str, pa.Table], settings: ReferenceSettings) -> pa.Table
             radius_arcsec=settings.radius_arcsec, id_radius_arcsec=settings.id_radius_arcsec
         ),
     )
-    return unify(together, groups.primary, settings).combine_chunks()
+    return unite(together, groups.primary, settings).combine_chunks()
 
 
 @pytest.mark.parametrize("method", ["precedence", "weighted-mean"])

@@ -27,7 +27,7 @@ Sums are in double precision over members in their order, so nothing depends on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -48,7 +48,7 @@ _OF_PRIMARY = ("ra", "dec", "position_epoch")
 _MOTION = ("pmra", "pmdec")
 
 
-class UnifySettings(Settings):
+class UnionSettings(Settings):
     """How the stars of several surveys become one."""
 
     method: Literal["precedence", "weighted-mean"] = Field(
@@ -93,7 +93,7 @@ class UnifySettings(Settings):
         return {} if isinstance(self.offsets, str) else self.offsets
 
 
-def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Table:
+def unite(table: pa.Table, primary: IntArray, settings: UnionSettings) -> pa.Table:
     """Unite the stars of several surveys by the rule of this module.
 
     Parameters
@@ -104,7 +104,7 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
         survey has it. Other columns are dropped.
     primary : ndarray of int64, shape (n,)
         Row number of each row's primary.
-    settings : UnifySettings
+    settings : UnionSettings
 
     Returns
     -------
@@ -124,19 +124,28 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     require_columns(table.schema, required, "the stars to be united")
     if len(primary) != table.num_rows or not np.array_equal(primary[primary], primary):
         raise PartitionError("primaries do not belong to the stars to be united")
-    table = table.combine_chunks()
-    key = pc.binary_join_element_wise(table["survey"], table["star_id"], ":")
-    table = table.set_column(table.schema.get_field_index("star_id"), "star_id", key)
-    leaders = np.flatnonzero(primary == np.arange(len(primary)))
-    leaders = leaders[sky_order(table, leaders, "star_id")]
-    members = _Members.of(table, primary, leaders, settings.order)
+    table = with_survey(table.combine_chunks())
+    leaders = leaders_of(table, primary)
+    members = Members.of(table, primary, leaders, settings.order)
     united = _unite_labels(table, members, settings)
     names = list(dict.fromkeys([*CANONICAL, *with_errors(settings.labels)]))
-    fields, columns = zip(*_columns(table, names, leaders, members, united), strict=True)
+    fields, columns = zip(*star_columns(table, names, leaders, members, united), strict=True)
     return pa.table(list(columns), schema=pa.schema(fields))
 
 
-class _Members(NamedTuple):
+def with_survey(table: pa.Table) -> pa.Table:
+    """Rows whose ``star_id`` begins with the name of their survey."""
+    key = pc.binary_join_element_wise(table["survey"], table["star_id"], ":")
+    return table.set_column(table.schema.get_field_index("star_id"), "star_id", key)
+
+
+def leaders_of(table: pa.Table, primary: IntArray) -> IntArray:
+    """Rows that are primaries, in the order of the stars."""
+    leaders = np.flatnonzero(primary == np.arange(len(primary)))
+    return leaders[sky_order(table, leaders, "star_id")]
+
+
+class Members(NamedTuple):
     """Rows by star and, inside, by precedence of the survey and ``star_id``.
 
     ``first`` is the place of each star's first member.
@@ -151,7 +160,8 @@ class _Members(NamedTuple):
     @classmethod
     def of(
         cls, table: pa.Table, primary: IntArray, leaders: IntArray, order: tuple[str, ...]
-    ) -> _Members:
+    ) -> Members:
+        """Members of stars, whose primaries are the leaders."""
         number = np.zeros(len(primary), dtype=np.int64)
         number[leaders] = np.arange(len(leaders))
         star = number[primary]
@@ -181,7 +191,7 @@ class _Members(NamedTuple):
         return pc.if_else(is_none, None, pc.binary_join(lists, separator))
 
 
-class _United(NamedTuple):
+class Given(NamedTuple):
     """Labels and errors of the stars, the member that gives the rest, who contributes, flags."""
 
     values: dict[str, FloatArray]
@@ -190,7 +200,7 @@ class _United(NamedTuple):
     flag: BoolArray
 
 
-def _unite_labels(table: pa.Table, members: _Members, settings: UnifySettings) -> _United:
+def _unite_labels(table: pa.Table, members: Members, settings: UnionSettings) -> Given:
     row, star = members.row, members.star
     flagged = np.zeros(len(row), dtype=np.bool_)
     if "flag_spread" in table.schema.names:
@@ -229,7 +239,7 @@ def _unite_labels(table: pa.Table, members: _Members, settings: UnifySettings) -
         values[label] = np.where(averaged, mean, value[at])
         values[f"{label}_err"] = np.where(averaged, mean_error, error[at])
     flag |= members.any(flagged & contributes)
-    return _United(values, chosen, contributes, flag)
+    return Given(values, chosen, contributes, flag)
 
 
 def with_errors(labels: Iterable[str]) -> list[str]:
@@ -237,8 +247,8 @@ def with_errors(labels: Iterable[str]) -> list[str]:
     return [name for label in labels for name in (label, f"{label}_err")]
 
 
-def _columns(
-    table: pa.Table, wanted: list[str], leaders: IntArray, members: _Members, united: _United
+def star_columns(
+    table: pa.Table, wanted: list[str], leaders: IntArray, members: Members, given: Given
 ) -> list[tuple[pa.Field, pa.Array | pa.ChunkedArray]]:
     """Every column of the stars: of the primary, or of the labels, or of who has it."""
 
@@ -246,7 +256,7 @@ def _columns(
         return pa.field(name, dtype, null, {"description": text, **more})
 
     names = set(table.schema.names)
-    of_primary, of_chosen = pa.array(leaders), pa.array(members.row[united.chosen])
+    of_primary, of_chosen = pa.array(leaders), pa.array(members.row[given.chosen])
     key = told("star_id", pa.string(), "Survey and star_id of the primary", ucd="meta.id;meta.main")
     columns = [
         (table.schema.field(HEALPIX_COLUMN), table[HEALPIX_COLUMN].take(of_primary)),
@@ -254,8 +264,8 @@ def _columns(
     ]
     for name in (name for name in wanted if name in names):
         field = table.schema.field(name)
-        if name in united.values:
-            out = pa.array(united.values[name], from_pandas=True).cast(field.type, safe=False)
+        if name in given.values:
+            out = pa.array(given.values[name], from_pandas=True).cast(field.type, safe=False)
         elif name in _OF_PRIMARY:
             out = table[name].take(of_primary)
         elif name == "snr":
@@ -267,7 +277,7 @@ def _columns(
         columns.append((field, out))
     is_new = starts(members.star, members.survey)
     n_surveys = np.bincount(members.star[is_new], minlength=len(members.first)).astype(np.int32)
-    gave = np.flatnonzero(united.contributes)
+    gave = np.flatnonzero(given.contributes)
     gave = gave[starts(members.star[gave], members.survey[gave])]
     surveys = pa.array(members.surveys, pa.string()).take(pa.array(members.survey[gave]))
     sources = table["star_id"].take(pa.array(members.row)).combine_chunks()
@@ -280,19 +290,25 @@ def _columns(
         QUALITY.arrow(nullable=False),
     )
     gave_labels = members.joined(surveys, gave, "+"), members.joined(sources, everyone, ";")
-    rest = pa.array(n_surveys), pa.array(united.flag), table["quality"].take(of_chosen)
+    rest = pa.array(n_surveys), pa.array(given.flag), table["quality"].take(of_chosen)
     return [*columns, *zip(fields, (*gave_labels, *rest), strict=True)]
 
 
-def common_differences(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Table:
+def in_order(surveys: Iterable[str], order: Sequence[str]) -> list[str]:
+    """List surveys in the given order, others after them by name."""
+    surveys = sorted(surveys)
+    return [name for name in order if name in surveys] + [s for s in surveys if s not in order]
+
+
+def common_differences(table: pa.Table, primary: IntArray, settings: UnionSettings) -> pa.Table:
     """Differences from the first survey, of the stars that it has in common with another.
 
     Parameters
     ----------
     table : pyarrow.Table
-        Stars of all surveys, as for `unify`.
+        Stars of all surveys, as for `unite`.
     primary : ndarray of int64, shape (n,)
-    settings : UnifySettings
+    settings : UnionSettings
         The differences are from the survey that its order names first.
 
     Returns

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.schema import CANONICAL
 from sos_dask.sky.healpix import ang2pix
-from sos_dask.stars.unify import UnifySettings, unify
+from sos_dask.stars.union import UnionSettings, unite
 
 THOROUGH = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, max_examples=200
 )
 LABELS = ("teff", "logg", "feh")
 MEASURED = (*LABELS, "rv", "mg_fe")
-METHODS = get_args(UnifySettings.model_fields["method"].annotation)
+METHODS = get_args(UnionSettings.model_fields["method"].annotation)
 SURVEYS = ("apogee-dr17", "galah-dr4", "lamost-dr11-lrs")
 Rng = np.random.Generator
 
@@ -60,7 +60,7 @@ def stars(rng: Rng, n: int) -> tuple[Any, Any]:
     return pa.table(columns), np.array([leader[s] for s in star.tolist()], dtype=np.int64)
 
 
-def by_hand(members: list[dict], leader: dict, chosen: UnifySettings) -> dict:
+def by_hand(members: list[dict], leader: dict, chosen: UnionSettings) -> dict:
     """One star by the stated rule; members in the order of precedence."""
     for member in members:
         shift = chosen.known_offsets.get(member["survey"], {})
@@ -147,7 +147,7 @@ def assert_equal(found: Any, wanted: list[dict]) -> None:
 def test_equals_one_by_one(seed, n, method, order, more):
     rng = np.random.default_rng(seed)
     table, primary = stars(rng, n)
-    chosen = UnifySettings(
+    chosen = UnionSettings(
         method=method,
         order=order,
         labels=("mg_fe",),
@@ -163,25 +163,25 @@ def test_equals_one_by_one(seed, n, method, order, more):
         members.sort(key=lambda m: (place.get(m["survey"], 99), m["survey"], m["star_id"]))
         wanted.append(by_hand(members, rows[leader], chosen))
     wanted.sort(key=lambda star: (star["_healpix_29"], star["star_id"]))
-    assert_equal(unify(table, primary, chosen), wanted)
+    assert_equal(unite(table, primary, chosen), wanted)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_same_bytes_for_any_order_of_rows(method):
     rng = np.random.default_rng(6)
     table, primary = stars(rng, 300)
-    chosen = UnifySettings(method=method, order=SURVEYS)
-    one = unify(table, primary, chosen)
+    chosen = UnionSettings(method=method, order=SURVEYS)
+    one = unite(table, primary, chosen)
     order = rng.permutation(300)
     place = np.argsort(order)
-    assert one.equals(unify(table.take(pa.array(order)), place[primary[order]], chosen))
+    assert one.equals(unite(table.take(pa.array(order)), place[primary[order]], chosen))
 
 
 def test_schema():
     table, primary = stars(np.random.default_rng(3), 30)
     index = table.schema.get_field_index("teff")
     table = table.set_column(index, CANONICAL["teff"].arrow(), table["teff"])
-    found = unify(table, primary, UnifySettings())
+    found = unite(table, primary, UnionSettings())
     canonical = [name for name in CANONICAL if name in table.schema.names]
     assert found.schema.names == [
         "_healpix_29", "star_id", *canonical,
@@ -189,7 +189,7 @@ def test_schema():
     ]  # fmt: skip
     assert found.schema.field("teff").equals(CANONICAL["teff"].arrow(), check_metadata=True)
     assert found.schema.field("n_surveys").type == pa.int32()
-    nobody = unify(table.slice(0, 0), np.zeros(0, dtype=np.int64), UnifySettings())
+    nobody = unite(table.slice(0, 0), np.zeros(0, dtype=np.int64), UnionSettings())
     assert nobody.schema.equals(found.schema, check_metadata=True)
     assert nobody.num_rows == 0
 
@@ -221,7 +221,7 @@ ORDER = ("apogee-dr17", "galah-dr4")
     ],
 )
 def test_who_gives_the_labels(columns, survey, quality):
-    found = unify(two(**columns), np.array([0, 0]), UnifySettings(order=ORDER)).to_pylist()[0]
+    found = unite(two(**columns), np.array([0, 0]), UnionSettings(order=ORDER)).to_pylist()[0]
     assert (found["survey"], found["quality"]) == (survey, quality)
     if survey and not columns:
         assert (found["teff"], found["star_id"], found["ra"]) == (5200.0, "galah-dr4:1", 1.0)
@@ -230,17 +230,17 @@ def test_who_gives_the_labels(columns, survey, quality):
 
 def test_weighted_mean_offsets_and_disagreement():
     table = two(teff_err=[30.0, 40.0])
-    chosen = UnifySettings(method="weighted-mean", order=ORDER, max_spread=3.0)
-    star = unify(table, np.array([1, 1]), chosen).to_pylist()[0]
+    chosen = UnionSettings(method="weighted-mean", order=ORDER, max_spread=3.0)
+    star = unite(table, np.array([1, 1]), chosen).to_pylist()[0]
     assert star["teff"] == pytest.approx((5000 / 900 + 5200 / 1600) / (1 / 900 + 1 / 1600))
     assert star["teff_err"] == pytest.approx(24.0)
     assert (star["survey"], star["star_id"]) == ("apogee-dr17+galah-dr4", "apogee-dr17:2")
     assert star["flag_spread"] is True  # 200 K with an error of 50 K
     offsets = {"apogee-dr17": {"teff": 60.0}}
-    star = unify(
+    star = unite(
         table,
         np.array([1, 1]),
-        UnifySettings(method="weighted-mean", order=ORDER, offsets=offsets, max_spread=3.0),
+        UnionSettings(method="weighted-mean", order=ORDER, offsets=offsets, max_spread=3.0),
     ).to_pylist()[0]
     assert star["teff"] == pytest.approx((5000 / 900 + 5140 / 1600) / (1 / 900 + 1 / 1600))
     assert star["flag_spread"] is False
@@ -256,18 +256,18 @@ def test_weighted_mean_offsets_and_disagreement():
 )
 def test_wrong_settings(wrong):
     with pytest.raises(ConfigError):
-        UnifySettings(**wrong)
+        UnionSettings(**wrong)
 
 
 def test_wrong_input():
     with pytest.raises(PartitionError, match="primaries do not belong"):
-        unify(two(), np.array([1, 0]), UnifySettings())
+        unite(two(), np.array([1, 0]), UnionSettings())
     with pytest.raises(ConfigError, match="no column 'survey'"):
-        unify(two().drop(["survey"]), np.array([0, 0]), UnifySettings())
+        unite(two().drop(["survey"]), np.array([0, 0]), UnionSettings())
 
 
 def test_settings_cross_processes():
-    chosen = UnifySettings(
+    chosen = UnionSettings(
         method="weighted-mean", order=ORDER, offsets={"galah-dr4": {"teff": 1.0}}
     )
     assert pickle.loads(pickle.dumps(chosen)) == chosen

@@ -1,0 +1,366 @@
+"""Stage unify: one row a star over all surveys, with labels on one scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from sos_dask import correct
+from sos_dask.columns import FloatArray, IntArray, floats_or_nan, mixed
+from sos_dask.errors import CatalogError
+from sos_dask.problem import ColumnName
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
+from sos_dask.sky.healpix import HealpixPixel
+from sos_dask.stages.base import Made, Role, Run, by_pixel, partition_record
+from sos_dask.stages.united import United, UnitedSettings, together
+from sos_dask.stars.average import Average, Means, average, floors, improbable, survey_means
+from sos_dask.stars.group import GAIA_IDS
+from sos_dask.stars.match import MOTION
+from sos_dask.stars.repeats import normalisation
+from sos_dask.stars.union import Given, Members, in_order, leaders_of, star_columns, with_survey
+from sos_dask.storage.artifact import Output
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest, Rows
+
+GOOD, UNCOVERED, FAILS = range(3)  # grades of rows
+FLAG_FAILS, FLAG_UNCOVERED, FLAG_DISAGREE, FLAG_REJECTED, FLAG_VARIABLE = 1, 2, 4, 8, 16
+MEANINGS = {
+    FLAG_FAILS: "a label is of rows that fail a quality cut: there is no other",
+    FLAG_UNCOVERED: "a label is of rows outside the coverage: it may be on no common scale",
+    FLAG_DISAGREE: "surveys disagree in a label by more than their errors",
+    FLAG_REJECTED: "a measurement was left out as an outlier",
+    FLAG_VARIABLE: "the radial velocity varies: suspected binary",
+}
+_CHANCE = 1e-4  # of a flag where errors are right
+_OF_STARS = ("ra", "dec", "position_epoch", *GAIA_IDS.values(), "pmra", "pmdec",
+             "phot_g_mean_mag", "parallax", "distance", "ebv")  # fmt: skip
+_MOST_COMMON = 5_000_000  # rows from which on stars in common are drawn
+
+
+class UnifySettings(UnitedSettings):
+    """How surveys become one catalog."""
+
+    order: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="Surveys, the first gives place and name of a star; others follow by name."
+    )
+    labels: tuple[ColumnName, ...] = Field(
+        (*LABELS, "rv"), description="What is averaged: columns, corrected where *_sos is there."
+    )
+    flags: Mapping[str, Mapping[str, str]] = Field(
+        {}, description="By survey and label: column of its flags; default flag_sos."
+    )
+    expected_error: Mapping[str, Mapping[str, float]] = Field(
+        {}, description="By survey and label: error where none is stated; default: the survey's."
+    )
+    clip: float = Field(
+        5.0, gt=1, le=1e9, description="Measurements farther off, in errors, are left out."
+    )
+
+
+class Unify(United[UnifySettings]):
+    """Make one row a star of the rows of all surveys.
+
+    Corrected labels come with their own errors; others are taken less the zero point of their
+    survey (of ``reference``), with stated errors normalised by repeats (of ``stars``).
+    """
+
+    name = "unify"
+    version = 1
+    Settings = UnifySettings
+    of_surveys = "rows"
+    roles = (
+        Role("rows", "Corrected rows or observations of a survey, by its name.", many=True),
+        Role("stars", "Its stars, whose repeats tell its errors.", "output", True, many=True),
+        Role("reference", "The united references, with their zero points.", "output", True),
+    )
+    floor: Mapping[str, FloatArray] | None = None
+
+    @property
+    def order(self) -> Sequence[str]:
+        """Surveys, the first gives place and name of a star; others follow by name."""
+        return self.settings.order
+
+    @property
+    def names(self) -> list[str]:
+        """Surveys in their order."""
+        return in_order(self.surveys(), self.settings.order)
+
+    def check(self) -> None:
+        """Refuse catalogs that lack a column, or a label that none has."""
+        surveys = self.surveys()
+        for catalog in surveys.values():
+            catalog.require("ra", "dec", HEALPIX_COLUMN, "quality")
+        for label in self.settings.labels:
+            if not any({label, f"{label}_sos"} & set(one.schema.names) for one in surveys.values()):
+                raise CatalogError(f"no survey has the label '{label}'", "Leave it out of labels.")
+        self.factors = {
+            name: Manifest.load(self.path(f"stars.{name}")).summary.get("error_factors", [])
+            for name in self.many("stars")
+        }
+        self.expected = {}
+        for name, catalog in surveys.items():
+            told = catalog.manifest.summary.get("expected_error", {}) if catalog.manifest else {}
+            self.expected[name] = {**told, **self.settings.expected_error.get(name, {})}
+        self.offsets: Mapping[str, Mapping[str, float]] = {}
+        if "reference" in self.inputs:
+            self.offsets = self.manifest("reference").summary["offsets"]
+
+    def make(self, run: Run) -> Made:
+        """Plan the partitions, compare the surveys, and average the stars of each partition."""
+        catalogs, labels = self.surveys(), self.settings.labels
+        pixels = self.plan(run, "unify")
+        parts = by_pixel(pixels)
+        run.parts("common", parts, self.compare_surveys, "stars in common")
+        common = [run.output.read_piece(f"common-{key}") for key in parts]
+        sample = pa.concat_tables(common) if common else None
+        self.floor, told = {}, []
+        for label in labels:
+            self.floor[label] = np.zeros(len(self.names))
+            if sample is not None:
+                value, error = (_matrix(sample, label, kind) for kind in ("value", "error"))
+                self.floor[label], found = floors(value, error, self.names)
+                told += [{"label": label, **one} for one in found]
+        done = run.parts("stars", parts, self.stars_of_pixel, "unify")
+        nobody = {
+            survey: self.as_read(survey, one.schema.empty_table().select(one.columns(self._read)))
+            for survey, one in catalogs.items()
+        }
+        schema = self._averaged(together(nobody), np.empty(0, dtype=np.int64)).schema
+        n_out = run.write_catalog(self.product, pixels, done, schema)
+        run.write("errors.parquet", _as_table(told))
+        merged = sum(record["n_members"] for record in done) - n_out
+        n_in = sum(one.n_rows for one in catalogs.values())
+        return Rows(n_in, n_out, 0, {"merged": merged}), {
+            "stars_in_several_surveys": sum(record["n_several"] for record in done),
+            "rows": {survey: catalog.n_rows for survey, catalog in catalogs.items()},
+            "errors": told,
+            "flags": {
+                text: sum(record["flags"][str(bit)] for record in done)
+                for bit, text in MEANINGS.items()
+            },
+        }
+
+    @property
+    def _read(self) -> list[str]:
+        """Columns that are read of a survey's rows, where it has them."""
+        names = [HEALPIX_COLUMN, "obs_id", "star_id", *_OF_STARS, *MOTION, "quality", "snr", "logg"]
+        for label in self.settings.labels:
+            names += [label, f"{label}_err", f"{label}_sos", f"{label}_sos_err"]
+            names += [self._flags(survey, label) for survey in self.names]
+        return list(dict.fromkeys(names))
+
+    def _flags(self, survey: str, label: str) -> str:
+        return self.settings.flags.get(survey, {}).get(label, "flag_sos")
+
+    def as_read(self, survey: str, table: pa.Table) -> pa.Table:
+        """Rows of a survey with value, error and grade of each label."""
+        names = set(table.schema.names)
+        kept = [HEALPIX_COLUMN, "obs_id", "star_id", *_OF_STARS, "quality"]
+        out = table.select([name for name in dict.fromkeys(kept) if name in names])
+        fails = pc.not_equal(table["quality"], 0).to_numpy()
+        for label in self.settings.labels:
+            if f"{label}_sos" in names:
+                value, error = (floats_or_nan(table, f"{label}_{x}") for x in ("sos", "sos_err"))
+                uncovered = table[self._flags(survey, label)].to_numpy() & correct.NOT_COVERED != 0
+            elif label in names:
+                value = floats_or_nan(table, label) - self.offsets.get(survey, {}).get(label, 0.0)
+                error = floats_or_nan(table, f"{label}_err")
+                error = np.where(error > 0, error, self.expected[survey].get(label, np.nan))
+                about = floats_or_nan(table, "logg"), floats_or_nan(table, "snr")
+                error = error * normalisation(self.factors.get(survey, ()), label, *about)
+                uncovered = np.zeros(len(value), dtype=np.bool_)
+            else:
+                continue
+            grade = np.where(fails, FAILS, np.where(uncovered, UNCOVERED, GOOD)).astype(np.int8)
+            for kind, values in (("value", value), ("error", error), ("grade", grade)):
+                out = out.append_column(f"{label}:{kind}", pa.array(values))
+        return out
+
+    def compare_surveys(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
+        """Keep the means of the surveys of stars of one partition that several surveys have."""
+        table, primary = self.members(pixel, self._read)
+        stars = _Stars.of(table, primary, self.names)
+        n_rows = sum(one.n_rows for one in self.surveys().values())
+        share = min(1.0, _MOST_COMMON / max(n_rows, 1))
+        chosen = stars.n_surveys > 1
+        if share < 1:
+            cells = stars.table[HEALPIX_COLUMN].to_numpy()[stars.leaders]
+            chosen &= mixed(cells.astype(np.uint64)) < np.uint64(share * 2.0**64)
+        columns = {}
+        for label in self.settings.labels:
+            means, grade = self._means(stars, label)
+            value = np.where((grade == GOOD)[:, None], means.value, np.nan)
+            for number, survey in enumerate(self.names):
+                columns[f"{label}:{survey}:value"] = value[chosen, number]
+                columns[f"{label}:{survey}:error"] = means.error[chosen, number]
+        output.write_piece(f"common-{key}", pa.table(columns))
+        return {}
+
+    def _means(self, stars: _Stars, label: str) -> tuple[Means, IntArray]:
+        """Means of a label by star and survey, and the grade of each star's rows that count."""
+        value, error = (stars.rows(f"{label}:{kind}") for kind in ("value", "error"))
+        grade = np.nan_to_num(stars.rows(f"{label}:grade"), nan=FAILS).astype(np.int64)
+        best = np.full(len(stars.leaders), FAILS)
+        has = np.isfinite(value)
+        np.minimum.at(best, stars.star[has], grade[has])
+        value = np.where(grade == best[stars.star], value, np.nan)
+        shape = len(stars.leaders), len(self.names)
+        means = survey_means(value, error, stars.star, stars.survey, shape, self.settings.clip)
+        return means, best
+
+    def stars_of_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
+        """Write the stars whose primary lies in one partition, at the common epoch."""
+        table, primary = self.members(pixel, self._read)
+        stars = self._averaged(table, primary)
+        flags = stars["flag_sos"].to_numpy()
+        return {
+            "file": partition_record(output, pixel, stars),
+            "n_members": table.num_rows,
+            "n_several": int(np.count_nonzero(stars["n_surveys"].to_numpy() > 1)),
+            "flags": {str(bit): int(np.count_nonzero(flags & bit)) for bit in MEANINGS},
+        }
+
+    def _averaged(self, table: pa.Table, primary: IntArray) -> pa.Table:
+        """Stars with the averages of their labels."""
+        stars, names = _Stars.of(table, primary, self.names), self.names
+        n_stars = len(stars.leaders)
+        flags = np.zeros(n_stars, dtype=np.int64)
+        columns: list[tuple[pa.Field, Any]] = []
+        for label in self.settings.labels:
+            means, grade = self._means(stars, label)
+            floor = np.zeros(len(names)) if self.floor is None else self.floor.get(label, 0.0)
+            found = average(means, np.asarray(floor), self.settings.clip)
+            known = np.isfinite(found.value)
+            flags |= (known & (grade == FAILS)) * np.int64(FLAG_FAILS)
+            flags |= (known & (grade == UNCOVERED)) * np.int64(FLAG_UNCOVERED)
+            far = improbable(found.chi2, found.n_surveys - 1, _CHANCE)
+            flags |= far * np.int64(FLAG_DISAGREE)
+            rejected = found.rejected.copy()
+            rejected[stars.star[means.rejected]] = True
+            flags |= rejected * np.int64(FLAG_REJECTED)
+            if label == "rv":
+                columns += self._variation(stars, means, found, flags)
+            columns += _label_columns(label, means, found, names, self.surveys())
+        n_obs = np.bincount(stars.star, minlength=n_stars).astype(np.int32)
+        told = {"description": "Rows of all surveys", "ucd": "meta.number"}
+        columns.append((pa.field("n_obs", pa.int32(), False, told), pa.array(n_obs)))
+        text = "; ".join(f"{bit}: {meaning}" for bit, meaning in MEANINGS.items())
+        about = {"ucd": "meta.code", "description": text}
+        columns.append(
+            (pa.field("flag_sos", pa.int32(), False, about), pa.array(flags, pa.int32()))
+        )
+        fields, arrays = zip(*stars.columns(), *columns, strict=True)
+        return pa.table(list(arrays), schema=pa.schema(fields))
+
+    def _variation(
+        self, stars: _Stars, means: Means, found: Average, flags: IntArray
+    ) -> list[tuple[pa.Field, Any]]:
+        """Scatter of the radial velocities of a star; those that vary are flagged, in place."""
+        value, error = stars.rows("rv:value"), stars.rows("rv:error")
+        good = np.isfinite(value) & (error > 0) & (stars.rows("rv:grade") == GOOD)
+        row, star, n_stars = np.flatnonzero(good), stars.star[good], len(stars.leaders)
+        off = value[row] - means.value[star, stars.survey[row]]
+        chi2 = np.asarray(np.bincount(star, (off / error[row]) ** 2, n_stars), np.float64)
+        group = np.unique(star * len(self.names) + stars.survey[row])
+        of_star = group // len(self.names)
+        dof = np.bincount(star, minlength=n_stars) - np.bincount(of_star, minlength=n_stars)
+        both = chi2 + np.nan_to_num(found.chi2)
+        varies = improbable(both, dof + np.maximum(found.n_surveys - 1, 0), _CHANCE)
+        flags |= varies * np.int64(FLAG_VARIABLE)
+        n = np.bincount(star, minlength=n_stars)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            mean = np.bincount(star, value[row], n_stars) / n
+            square = np.bincount(star, (value[row] - mean[star]) ** 2, n_stars)
+            deviation = np.where(n > 1, np.sqrt(square / (n - 1)), np.nan)
+        told = {"unit": "km/s", "description": "Standard deviation of all its radial velocities"}
+        field = pa.field("rv_scatter", pa.float32(), metadata=told)
+        return [(field, pa.array(deviation, from_pandas=True).cast(pa.float32()))]
+
+
+class _Stars:
+    """Members of stars, sorted by star, survey and key."""
+
+    def __init__(self, table: pa.Table, leaders: IntArray, members: Members, names: list[str]):
+        self.table, self.leaders, self.members = table, leaders, members
+        self.star, self.survey = members.star, members.survey
+        is_new = np.unique(self.star * len(names) + self.survey)
+        self.n_surveys = np.bincount(is_new // len(names), minlength=len(leaders))
+
+    @classmethod
+    def of(cls, table: pa.Table, primary: IntArray, names: list[str]) -> _Stars:
+        table = with_survey(table.combine_chunks())
+        leaders = leaders_of(table, primary)
+        members = Members.of(table, primary, leaders, tuple(names))
+        return cls(table, leaders, members, names)
+
+    def rows(self, name: str) -> FloatArray:
+        """Column of the members in their order; nan where unknown."""
+        return floats_or_nan(self.table, name)[self.members.row]
+
+    def columns(self) -> list[tuple[pa.Field, Any]]:
+        """Columns of the stars beside labels: of the primary, or of the first who has them."""
+        good = self.table["quality"].to_numpy()[self.members.row] == 0
+        chosen = self.members.first_in(good)
+        everyone = np.ones(len(self.members.row), dtype=np.bool_)
+        given = Given({}, chosen, everyone, np.zeros(len(chosen), dtype=np.bool_))
+        made = star_columns(self.table, list(_OF_STARS), self.leaders, self.members, given)
+        return [one for one in made if one[0].name not in ("survey", "flag_spread")]
+
+
+def _label_columns(
+    label: str, means: Means, found: Average, names: Sequence[str], surveys: Mapping[str, Catalog]
+) -> list[tuple[pa.Field, Any]]:
+    """Columns of a label: mean, error, agreement, and what each survey says."""
+    having = [
+        one.schema.field(x)
+        for one in surveys.values()
+        for x in (label, f"{label}_sos")
+        if x in one.schema.names
+    ]
+    unit = (having[0].metadata or {}).get(b"unit", b"").decode()
+    ucd = CANONICAL[label].ucd if label in CANONICAL else ""
+
+    def column(name: str, values: FloatArray, text: str, ucd: str = "") -> tuple[pa.Field, Any]:
+        about = {"unit": unit, "ucd": ucd, "description": text}
+        field = pa.field(name, pa.float32(), metadata={x: one for x, one in about.items() if one})
+        return field, pa.array(values, from_pandas=True).cast(pa.float32())
+
+    error_ucd = f"stat.error;{ucd}" if ucd else "stat.error"
+    columns = [
+        column(label, found.value, f"{label}, mean of the surveys on one scale", ucd),
+        column(f"{label}_err", found.error, f"Error of {label}", error_ucd),
+    ]
+    text = {"description": f"Chi-square of the surveys' {label}", "ucd": "stat.fit.chi2"}
+    chi2 = np.where(found.n_surveys > 1, found.chi2, np.nan)
+    field = pa.field(f"{label}_chi2", pa.float32(), metadata=text)
+    columns.append((field, pa.array(chi2, from_pandas=True).cast(pa.float32())))
+    text = {"description": f"Surveys whose {label} counts", "ucd": "meta.number"}
+    number = pa.array(found.n_surveys.astype(np.int32))
+    columns.append((pa.field(f"{label}_n", pa.int32(), False, text), number))
+    for at, survey in enumerate(names):
+        name, catalog = survey.replace("-", "_"), surveys[survey]
+        if {label, f"{label}_sos"} & set(catalog.schema.names):
+            told = f"{label} of {survey} on the common scale"
+            columns.append(column(f"{label}_{name}", means.value[:, at], told, ucd))
+            error = means.error[:, at]
+            columns.append(column(f"{label}_err_{name}", error, "Error of that, alone", error_ucd))
+    return columns
+
+
+def _matrix(sample: pa.Table, label: str, kind: str) -> FloatArray:
+    """Values or errors of a label by star and survey, (n, s)."""
+    names = [x for x in sample.schema.names if x.startswith(f"{label}:") and x.endswith(kind)]
+    return np.stack([sample[name].to_numpy() for name in names], axis=1)
+
+
+def _as_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Comparisons of the surveys as a table that a person can read."""
+    fields = [("label", pa.string()), ("survey", pa.string()), ("other", pa.string())]
+    fields += [("n", pa.int64()), ("offset", pa.float64()), ("scatter", pa.float64())]
+    fields += [("width", pa.float64()), ("hat", pa.float64()), ("negative", pa.bool_())]
+    return pa.Table.from_pylist(list(rows), pa.schema([*fields, ("floor", pa.float64())]))

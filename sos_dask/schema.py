@@ -96,8 +96,8 @@ CANONICAL: Mapping[str, Column] = {
     for name, dtype, unit, ucd, description in _CANONICAL
 }
 QUALITY, HEALPIX = (Column(*column) for column in _ADDED)
-KEYS = ("star_id", "obs_id")
-"""Keys of rows; of a catalog that has both the first names the rows."""
+KEYS = ("obs_id", "star_id")
+"""Keys of rows; of a catalog that has both the first names the rows: observations of stars."""
 REQUIRED = ("obs_id", "ra", "dec")
 RESERVED = (
     HEALPIX_COLUMN, "quality", "star_id", "n_obs", "n_used", "teff_spread", "logg_spread",

@@ -22,7 +22,7 @@ from sos_dask.stats.numbers import ALL
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 
-_COUNTED = ("ingest", "dedupe", "reference", "crossmatch", "attach", "apply")
+_COUNTED = ("ingest", "dedupe", "reference", "crossmatch", "attach", "apply", "unify", "members")
 _SHIFT_ROWS, _SHIFT_PARTS = 500_000, 24
 _FEWEST_BINS = 3  # so many more bins that fail are no chance
 _LEVEL = 0.68

@@ -35,6 +35,7 @@ from sos_dask.stages.crossmatch import Crossmatch
 from sos_dask.stages.dedupe import Dedupe
 from sos_dask.stages.evidence import Evidence
 from sos_dask.stages.ingest import Ingest
+from sos_dask.stages.members import MembersSettings, MembersStage
 from sos_dask.stages.projection import ProjectionStage
 from sos_dask.stages.reference import Reference
 from sos_dask.stages.report import ReportStage
@@ -56,6 +57,7 @@ from sos_dask.storage.store import (
 )
 from sos_dask.surveys.definition import Survey, load_survey
 
+_OF_MEMBERS = MembersSettings.model_fields
 _PLACES = ("obs_id", "ra", "dec", "position_epoch")
 # What pairs, and the table of evidence made of them, call columns of their own.
 _OF_PAIRS = ("target_obs_id", "target_star_id", "reference_star_id", "separation_arcsec",
@@ -158,7 +160,7 @@ def steps(job: Job) -> list[Step]:
         of_surveys[f"rows.{target.name}"] = observations
     if job.unify is not None:
         of_surveys |= {f"rows.{name}": f"{name}.observations" for name in job.reference}
-        made.append(_unify_step(job, asked, union.order, {**of_surveys, **stars}))
+        made += _unify_steps(job, asked, union.order, of_surveys, stars)
     names = [step.product for step in made]
     for name in names:
         if names.count(name) > 1:
@@ -371,13 +373,14 @@ def _correction_steps(
         yield Step(f"{place}.generalisation", Generalisation, settings, seen)
 
 
-def _unify_step(
+def _unify_steps(
     job: Job,
     asked: Mapping[str, Sequence[_Correction]],
     order: Sequence[str],
-    inputs: Mapping[str, str],
-) -> Step:
-    """Make the step that joins all surveys: by default the labels that the job corrects."""
+    rows: Mapping[str, str],
+    stars: Mapping[str, str],
+) -> Iterator[Step]:
+    """List the steps that join all surveys: by default with the labels that the job corrects."""
     assert job.unify is not None
     labels = dict.fromkeys(x for of in asked.values() for one in of for x in one.problem.names)
     flags = {
@@ -390,7 +393,9 @@ def _unify_step(
         settings = settings.but(labels=tuple(labels))
     if "rows_per_partition" not in given:
         settings = settings.but(rows_per_partition=job.ingest.rows_per_partition)
-    return Step("sos", Unify, settings, {**inputs, "reference": "reference"})
+    yield Step("sos", Unify, settings, {**rows, **stars, "reference": "reference"})
+    same = {name: value for name, value in dict(settings).items() if name in _OF_MEMBERS}
+    yield Step("sos.members", MembersStage, MembersStage.Settings(**same), rows)
 
 
 def _model_steps(job: Job, one: _Correction, target: str) -> Iterator[Step]:

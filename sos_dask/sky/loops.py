@@ -423,15 +423,15 @@ def count_pulls(
     bins_an_octave: float,
     counts: IntArray,
 ) -> None:
-    """Count the pulls of teff, logg and feh between each row and the one before of its star.
+    """Count the pulls of labels, first teff, logg and feh, between rows that follow in a star.
 
     The rows of a star are row[first[s]:first[s + 1]]. ``counts`` has the axes label, kind, bin of
     S/N (the last one: none) and bin of log2(pull), whose last place is no bin: the sum of log2 S/N
-    in units. Rows with quality, or with all labels of the one before, do not count; for a label,
+    in units. Rows with quality, or with the first labels of the one before, do not count; for one,
     nor do those without a value and an error.
     """
     logg = values[1]
-    last = np.empty(3, dtype=np.int64)
+    last = np.empty(len(values), dtype=np.int64)
     for star in range(len(first) - 1):
         before, last[:] = -1, -1
         for one in row[first[star] : first[star + 1]]:
@@ -443,7 +443,7 @@ def count_pulls(
             before = one
             if same:
                 continue
-            for label in range(3):
+            for label in range(len(values)):
                 value, error = np.float64(values[label][one]), np.float64(errors[label][one])
                 error = error if error > 0 else expected_error[label]
                 if not (np.isfinite(value) and np.isfinite(error)):

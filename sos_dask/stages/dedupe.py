@@ -36,7 +36,7 @@ class Dedupe(Stage[DedupeSettings]):
     """
 
     name = "dedupe"
-    version = 9
+    version = 10
     Settings = DedupeSettings
     roles = (Role("observations", "Observations, with obs_id, quality and the labels."),)
     partitioned = "observations"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +14,22 @@ from pydantic import Field
 from sos_dask import correct
 from sos_dask.columns import FloatArray, IntArray, floats_or_nan, mixed
 from sos_dask.errors import CatalogError
+from sos_dask.evidence.trends import three_cornered_hat
 from sos_dask.problem import ColumnName
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.base import Made, Role, Run, by_pixel, partition_record
-from sos_dask.stages.united import United, UnitedSettings, together
-from sos_dask.stars.average import Average, Means, average, floors, improbable, survey_means
+from sos_dask.stages.members import MembersSettings
+from sos_dask.stages.united import United, together
+from sos_dask.stars.average import (
+    MIN_COMMON,
+    Average,
+    Means,
+    average,
+    floors,
+    improbable,
+    survey_means,
+)
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stars.match import MOTION
 from sos_dask.stars.repeats import normalisation
@@ -39,15 +50,13 @@ MEANINGS = {
 _CHANCE = 1e-4  # of a flag where errors are right
 _OF_STARS = ("ra", "dec", "position_epoch", *GAIA_IDS.values(), "pmra", "pmdec",
              "phot_g_mean_mag", "parallax", "distance", "ebv")  # fmt: skip
+_MOST_HATS = 20_000  # stars of a three-cornered hat
 _MOST_COMMON = 5_000_000  # rows from which on stars in common are drawn
 
 
-class UnifySettings(UnitedSettings):
+class UnifySettings(MembersSettings):
     """How surveys become one catalog."""
 
-    order: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        (), description="Surveys, the first gives place and name of a star; others follow by name."
-    )
     labels: tuple[ColumnName, ...] = Field(
         (*LABELS, "rv"), description="What is averaged: columns, corrected where *_sos is there."
     )
@@ -124,7 +133,7 @@ class Unify(United[UnifySettings]):
             if sample is not None:
                 value, error = (_matrix(sample, label, kind) for kind in ("value", "error"))
                 self.floor[label], found = floors(value, error, self.names)
-                told += [{"label": label, **one} for one in found]
+                told += [{"label": label, **one} for one in [*found, *self._hats(value)]]
         done = run.parts("stars", parts, self.stars_of_pixel, "unify")
         nobody = {
             survey: self.as_read(survey, one.schema.empty_table().select(one.columns(self._read)))
@@ -144,6 +153,18 @@ class Unify(United[UnifySettings]):
                 for bit, text in MEANINGS.items()
             },
         }
+
+    def _hats(self, value: FloatArray) -> Iterator[dict[str, Any]]:
+        """Errors of three surveys by the three-cornered hat, for every three with common stars."""
+        for three in combinations(range(len(self.names)), 3):
+            columns = value[np.isfinite(value[:, three]).all(axis=1)][:_MOST_HATS, three].T
+            if columns.shape[1] < MIN_COMMON:
+                continue
+            names = [self.names[one] for one in three]
+            for one in three_cornered_hat(list(columns), names):
+                others = " ".join(name for name in names if name != one["survey"])
+                found = {x: one[x] for x in ("survey", "n", "low", "high", "negative")}
+                yield {**found, "other": others, "hat": one["sigma"]}
 
     @property
     def _read(self) -> list[str]:
@@ -362,5 +383,6 @@ def _as_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Comparisons of the surveys as a table that a person can read."""
     fields = [("label", pa.string()), ("survey", pa.string()), ("other", pa.string())]
     fields += [("n", pa.int64()), ("offset", pa.float64()), ("scatter", pa.float64())]
-    fields += [("width", pa.float64()), ("hat", pa.float64()), ("negative", pa.bool_())]
+    fields += [("width", pa.float64()), ("hat", pa.float64()), ("low", pa.float64())]
+    fields += [("high", pa.float64()), ("negative", pa.bool_())]
     return pa.Table.from_pylist(list(rows), pa.schema([*fields, ("floor", pa.float64())]))

@@ -93,8 +93,10 @@ class United(Stage[U]):
         """Rows of a survey, with what members need of them."""
         return table
 
-    def members(self, pixel: HealpixPixel, columns: Sequence[str]) -> tuple[pa.Table, IntArray]:
-        """Rows of the stars whose primary lies in a partition, and each one's primary."""
+    def grouped(
+        self, pixel: HealpixPixel, columns: Sequence[str]
+    ) -> tuple[pa.Table, BoolArray, IntArray]:
+        """Rows in a partition and around it, which are in it, and primaries of the stars there."""
         settings, catalogs = self.settings, self.surveys()
 
         def read(ranges: Ranges) -> tuple[pa.Table, BoolArray]:
@@ -115,7 +117,11 @@ class United(Stage[U]):
 
         reach = max(settings.radius_arcsec, settings.id_radius_arcsec) + self.motion_arcsec
         ranks = partial(_ranks, order=self.order)
-        table, inside, primary = group_around(pixel, read, ranks, reach, settings, self.product)
+        return group_around(pixel, read, ranks, reach, settings, self.product)
+
+    def members(self, pixel: HealpixPixel, columns: Sequence[str]) -> tuple[pa.Table, IntArray]:
+        """Rows of the stars whose primary lies in a partition, and each one's primary."""
+        table, inside, primary = self.grouped(pixel, columns)
         ours = inside[primary]
         row_of = np.cumsum(ours) - 1
         return table.filter(pa.array(ours)), row_of[primary[ours]]

@@ -29,6 +29,7 @@ MIN_COMMON = 50
 """Stars in common from which on two surveys are compared."""
 _MOST_COMPARED = 100_000  # of them tell a scatter to 0.3 %
 _STEPS = 50
+_CLIP = 3.0
 
 
 class Means(NamedTuple):
@@ -166,12 +167,10 @@ def floors(
     found : list of dict
         A row for each two surveys: ``survey``, ``other``, ``n`` stars in common, ``offset``
         (median of survey - other), ``scatter`` of it, ``width`` (scatter in units of the stated
-        errors); a row for each three: ``hat``, the error of one by the three-cornered hat, and
-        ``negative`` where its square is; a row for each survey: its ``floor``.
+        errors); then a row for each survey: its ``floor``.
     """
     found: list[dict[str, Any]] = []
     excess: dict[tuple[int, int], tuple[float, float]] = {}  # and its weight
-    variance: dict[tuple[int, int], float] = {}
     for i, j in combinations(range(len(surveys)), 2):
         both = np.flatnonzero(np.isfinite(value[:, [i, j]]).all(axis=1))
         both = both[np.isfinite(error[both][:, [i, j]]).all(axis=1)][:_MOST_COMPARED]
@@ -180,24 +179,17 @@ def floors(
         difference = np.asarray(value[both, i] - value[both, j], dtype=np.float64)
         stated = np.asarray(error[both, i], np.float64) ** 2 + error[both, j] ** 2
         offset = float(np.median(difference))
-        variance[i, j] = scatter(difference) ** 2
+        # Wrong rows, which are no error of the others, would make it too wide.
+        right = np.abs(difference - offset) < _CLIP * np.sqrt(stated + scatter(difference) ** 2)
+        difference, stated = difference[right], stated[right]
+        spread = scatter(difference)
         # A scatter of n numbers is known to 1.17 / sqrt(n) of it, its square to twice that.
-        weight = np.sqrt(len(both)) / variance[i, j]
-        excess[i, j] = _excess(difference - offset, stated), float(weight)
+        weight = len(both) ** 0.5 / spread**2
+        excess[i, j] = _excess(difference - offset, stated), weight
         names = {"survey": surveys[i], "other": surveys[j]}
         width = scatter(difference / np.sqrt(stated))
-        told = {"scatter": variance[i, j] ** 0.5, "width": width}
-        found.append({**names, "n": len(both), "offset": offset, **told})
-    for three in combinations(range(len(surveys)), 3):
-        if not all(pair in variance for pair in combinations(three, 2)):
-            continue
-        for one in three:
-            a, b = (other for other in three if other != one)
-            mine = [variance[min(one, x), max(one, x)] for x in (a, b)]
-            square = (sum(mine) - variance[a, b]) / 2
-            names = {"survey": surveys[one], "other": f"{surveys[a]} {surveys[b]}"}
-            hat = max(square, 0.0) ** 0.5
-            found.append({**names, "hat": hat, "negative": square < 0})
+        of_both = {"n": len(both), "offset": offset, "scatter": spread, "width": width}
+        found.append({**names, **of_both})
     floor = _shared(excess, len(surveys))
     return floor, found + [
         {"survey": name, "floor": float(floor[number])} for number, name in enumerate(surveys)

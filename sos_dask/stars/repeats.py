@@ -50,7 +50,8 @@ _LIMITS = tuple(zip((None, *SNR_EDGES), (*SNR_EDGES, None), strict=True))
 _NO_SNR = len(SNR_EDGES) + 1
 _Snr = tuple[float | None, float | None, float | None]  # limits and mean
 _UNITS = 1024  # of an octave of S/N: the last place of each histogram has the sum of log2 S/N
-_SHAPE = (len(LABELS), len(KINDS), _NO_SNR + 1, _N_BINS + 1)
+MEASURED = (*LABELS, "rv")
+_SHAPE = (len(MEASURED), len(KINDS), _NO_SNR + 1, _N_BINS + 1)
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,16 @@ def pull_counts(
         _, first, row = repeated(primary)
         # Rows of one cell stand in the order of their keys already: the order of the catalog.
         sort_members(first, row, table[HEALPIX_COLUMN].to_numpy())
-        names = [*LABELS, *(f"{label}_err" for label in LABELS), "snr"]
+        names = [*MEASURED, *(f"{label}_err" for label in MEASURED), "snr"]
         columns = [reals_or_nan(table, name).view() for name in names]
         if len({values.dtype for values in columns}) > 1:
             columns = [values.astype(np.float64) for values in columns]
         for values in columns:
             values.flags.writeable = False  # all of one type
         known = expected_error or {}
-        expected = np.array([known.get(label, np.nan) for label in LABELS], dtype=np.float64)
-        given = tuple(columns[:3]), tuple(columns[3:6]), expected, columns[6]
+        expected = np.array([known.get(label, np.nan) for label in MEASURED], dtype=np.float64)
+        n = len(MEASURED)
+        given = tuple(columns[:n]), tuple(columns[n : 2 * n]), expected, columns[-1]
         bins = np.log2(SNR_EDGES), _UNITS, _LOWEST, float(_BINS_AN_OCTAVE)
         count_pulls(first, row, table["quality"].to_numpy(), *given, GIANT_LOGG, *bins, counts)
     filled = np.flatnonzero(counts)
@@ -143,7 +145,7 @@ def merged_pulls(parts: Sequence[Sequence[int]]) -> list[Factor]:
         place, count = np.array(part, dtype=np.int64).reshape(-1, 2).T
         counts.ravel()[place] += count
     found = []
-    for label, of_label in zip(LABELS, counts, strict=True):
+    for label, of_label in zip(MEASURED, counts, strict=True):
         found.append(_factor(of_label[..., :-1].sum(axis=(0, 1)), label, "all"))
         for kind, of_kind in zip(KINDS, of_label, strict=True):
             some = [_factor(of_kind[:, :-1].sum(axis=0), label, kind)]

@@ -524,7 +524,7 @@ def _row_problems(catalog: Catalog) -> Iterator[str]:
             table = unchecked.read(pixel)
             for problem in _partition_problems(catalog, pixel, table):
                 yield f"pixel {pixel}: {problem}"
-            key = next((name for name in reversed(KEYS) if name in table.schema.names), "")
+            key = next((name for name in KEYS if name in table.schema.names), "")
             if key and table[key].null_count:
                 yield f"pixel {pixel}: {table[key].null_count} rows have no {key}"
             elif key:

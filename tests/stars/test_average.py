@@ -1,0 +1,128 @@
+"""Averages over surveys: against plain Python, and with errors that are known."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chi2
+
+from sos_dask.columns import FloatArray
+from sos_dask.stars.average import Means, average, floors, improbable, survey_means
+
+SHAPE = (4, 3)
+VALUES = st.one_of(st.just(float("nan")), st.floats(-10, 10))
+ERRORS = st.one_of(st.just(float("nan")), st.just(0.0), st.floats(0.1, 3))
+ROWS = st.lists(st.tuples(VALUES, ERRORS, st.integers(0, 3), st.integers(0, 2)), max_size=40)
+
+
+def plain_mean(rows: list[tuple[float, float]], clip: float) -> tuple[float, float, int]:
+    """Mean and error of the rows of one survey, and how many were left out."""
+    rows = [(value, error) for value, error in rows if np.isfinite(value)]
+    kept = rows
+    if len(rows) > 2:
+        middle = np.median([value for value, _ in rows])
+        kept = [(v, e) for v, e in rows if not (e >= 0 and abs(v - middle) > clip * e)]
+    weighted = [(v, e) for v, e in kept if e > 0]
+    if weighted:
+        weight = np.array([e**-2.0 for _, e in weighted])
+        mean = float(weight @ [v for v, _ in weighted] / weight.sum())
+        return mean, float(weight.sum() ** -0.5), len(rows) - len(kept)
+    mean = float(np.mean([v for v, _ in kept])) if kept else np.nan
+    return mean, np.nan, len(rows) - len(kept)
+
+
+@given(ROWS, st.sampled_from([2.0, 1e9]))
+def test_means_of_surveys_are_those_of_plain_python(rows, clip):
+    value, error = (np.array([row[i] for row in rows], dtype=np.float64) for i in (0, 1))
+    star, survey = (np.array([row[i] for row in rows], dtype=np.int64) for i in (2, 3))
+    found = survey_means(value, error, star, survey, SHAPE, clip)
+    n_rejected = 0
+    for one in range(SHAPE[0]):
+        for other in range(SHAPE[1]):
+            mine = [(v, e) for v, e, s, t in rows if (s, t) == (one, other)]
+            mean, of_mean, out = plain_mean(mine, clip)
+            n_rejected += out
+            np.testing.assert_allclose(found.value[one, other], mean, atol=1e-9)
+            np.testing.assert_allclose(found.error[one, other], of_mean, rtol=1e-9)
+    assert found.rejected.sum() == n_rejected
+
+
+def means(values: list[float], errors: list[float]) -> Means:
+    return Means(np.array([values]), np.array([errors]), np.zeros(0, dtype=np.bool_))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("values", "errors", "floor", "wanted", "error", "n", "rejected"),
+    [
+        ([1.0, 2.0, NAN], [1.0, 1.0, NAN], [0, 0, 0], 1.5, 0.5**0.5, 2, False),
+        ([1.0, 2.0, NAN], [1.0, 1.0, NAN], [0, 3**0.5, 0], 1.2, 0.8**0.5, 2, False),
+        ([1.0, 1.2, 9.0], [0.1, 0.1, 0.1], [0, 0, 0], 1.1, 0.005**0.5, 2, True),
+        ([1.0, 9.0, NAN], [0.1, 0.1, NAN], [0, 0, 0], 5.0, 0.005**0.5, 2, False),
+        ([1.0, 5.0, 9.0], [0.1, 0.1, 0.1], [0, 0, 0], 5.0, (0.01 / 3) ** 0.5, 3, False),
+        ([1.0, 2.0, NAN], [NAN, 1.0, NAN], [0, 0, 0], 2.0, 1.0, 1, False),
+        ([1.0, 2.0, NAN], [NAN, NAN, NAN], [0, 0, 0], 1.5, NAN, 2, False),
+        ([NAN, NAN, NAN], [NAN, NAN, NAN], [0, 0, 0], NAN, NAN, 0, False),
+    ],
+)
+def test_averages_of_surveys(values, errors, floor, wanted, error, n, rejected):
+    found = average(means(values, errors), np.array(floor, dtype=np.float64), 5.0)
+    np.testing.assert_allclose(found.value, [wanted])
+    np.testing.assert_allclose(found.error, [error])
+    assert (found.n_surveys[0], found.rejected[0]) == (n, rejected)
+
+
+def test_the_chance_is_that_of_scipy():
+    values, dof = np.array([0.0, 3.0, 20.0, 20.0, NAN]), np.array([1, 2, 1, 0, 2])
+    chance = np.where(np.isfinite(values) & (dof > 0), chi2.sf(values, np.maximum(dof, 1)), 1.0)
+    for level in (1e-3, 0.5):
+        np.testing.assert_array_equal(improbable(values, dof, level), chance < level)
+
+
+def measured(
+    truth: list[float], stated: list[float], n: int = 20_000, seed: int = 0
+) -> tuple[FloatArray, FloatArray]:
+    """Measurements of stars by surveys, whose errors have a floor beside the stated one."""
+    rng = np.random.default_rng(seed)
+    error = np.array(stated) * rng.uniform(0.7, 1.3, (n, len(stated)))
+    value = rng.normal(0, 50, (n, 1)) + error * rng.normal(size=error.shape)
+    value += np.array(truth) * rng.normal(size=error.shape)
+    value += 0.3 * np.arange(len(truth))  # zero points do not matter
+    value[rng.random(value.shape) < 0.3] = NAN
+    value[rng.random(value.shape) < 0.02] += 500  # wrong rows
+    return value, error
+
+
+def test_floors_of_five_surveys():
+    truth = [0.0, 1.0, 2.0, 0.5, 3.0]
+    value, error = measured(truth, [1.0, 1.0, 2.0, 0.5, 3.0])
+    floor, found = floors(value, error, list("abcde"))
+    np.testing.assert_allclose(floor, truth, atol=0.25)
+    pairs = [one for one in found if "other" in one]
+    assert len(pairs) == 10 and abs(pairs[0]["offset"] + 0.3) < 0.1
+    assert all(one["width"] > 1 for one in pairs)
+    assert {one["survey"]: one["floor"] for one in found[10:]} == dict(
+        zip("abcde", floor, strict=True)
+    )
+
+
+def test_two_surveys_share_what_is_too_much():
+    value, error = measured([0.0, 2.0], [1.0, 1.0])
+    floor, _ = floors(value, error, ["a", "b"])
+    np.testing.assert_allclose(floor, 2**0.5, atol=0.1)
+
+
+def test_errors_that_are_too_large_have_no_floor():
+    value, error = measured([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
+    floor, found = floors(value, 2 * error, list("abc"))
+    assert not floor.any() and all(one["width"] < 0.6 for one in found[:3])
+
+
+def test_surveys_without_common_stars_have_no_floor():
+    value, error = measured([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], 20_000)
+    value[::2, 2] = NAN
+    value[1::2, :2] = NAN
+    floor, found = floors(value, error, list("abc"))
+    assert floor[2] == 0 and floor[0] > 0.8 and len(found) == 4

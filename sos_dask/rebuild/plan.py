@@ -567,8 +567,21 @@ class Plan:
             if isinstance(path, Path)
         }
         self._digests = _digests(self.store, list(files))
+        self._refuse_twice()
         self._files = {self._digests[path]: name for path, name in files.items()}
         self._names = dict(self._files)
+
+    def _refuse_twice(self) -> None:
+        """Refuse a file that is two surveys: their stars would agree, and count twice."""
+        seen: dict[tuple[str, str], str] = {}
+        for step in (step for step in self.steps if step.stage is Ingest):
+            for path in step.inputs.values():
+                settings: Any = step.settings
+                digest, survey = self._digests[Path(str(path))], settings.survey.name
+                first = seen.setdefault((digest, survey), step.product)
+                if first != step.product:
+                    what = f"{path} has the content of a file of {first}: one survey twice"
+                    raise ConfigError(what, f"Take it out of {step.product}.")
 
     def all(self) -> list[Planned]:
         """Resolve all steps as far as they are known."""

@@ -1,0 +1,137 @@
+"""Several targets in one job, and the catalog that joins all surveys."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from astropy.io import fits
+
+from sos_dask.errors import ConfigError
+from sos_dask.rebuild.job import load_job
+from sos_dask.rebuild.pipeline import rebuild
+from sos_dask.rebuild.plan import Plan, steps
+from sos_dask.storage.manifest import Manifest
+from sos_dask.storage.store import verify
+from tests.job import write_job
+from tests.stages.clumps import rows_of
+
+ONE = """target_name = "lamost"
+[variables]
+SMALL_SKY = "{sky}"
+[target]
+survey = "lamost-dr11-lrs"
+files = ["${{SMALL_SKY}}/lamost.fits"]
+"""
+TWO = """[variables]
+SMALL_SKY = "{sky}"
+[targets.north]
+survey = "lamost-dr11-lrs"
+files = ["0/lamost.fits"]
+[targets.south]
+survey = "lamost-dr11-lrs"
+files = ["1/lamost.fits"]
+corrections = ["labels"]
+[corrections.labels]
+[corrections.rv]
+[unify]
+"""
+
+
+SURVEY = """format = 1
+name = "mine"
+title = "A survey without radial velocities"
+position_epoch = 2000.0
+missing = [-9999]
+[columns]
+obs_id = { source = "obsid" }
+ra = { source = "ra" }
+dec = { source = "dec" }
+teff = { source = "teff" }
+logg = { source = "logg" }
+feh = { source = "feh" }
+"""
+
+
+@pytest.fixture(scope="module")
+def halves(small_sky, tmp_path_factory) -> Path:
+    """Folder with the rows of LAMOST in two files, in turn."""
+    folder: Path = tmp_path_factory.mktemp("halves")
+    with fits.open(small_sky / "lamost.fits") as file:
+        rows = np.asarray(file[1].data)
+    for number in (0, 1):
+        (folder / str(number)).mkdir()
+        fits.writeto(folder / str(number) / "lamost.fits", rows[number::2])
+    return folder
+
+
+def job_of(halves: Path, small_sky: Path, text: str = TWO, more: str = "") -> Path:
+    change = ONE.format(sky=small_sky), text.format(sky=small_sky)
+    return write_job(halves, small_sky, change, more=more)
+
+
+def test_each_target_gets_its_own_products(halves, small_sky):
+    job = load_job(job_of(halves, small_sky))
+    names = [step.product for step in steps(job)]
+    for target in ("north", "south"):
+        assert {f"{target}.{x}" for x in ("pairs", "evidence", "coverage", "corrected")} <= {*names}
+    assert "north.rv.corrected" in names and "south.rv.corrected" not in names
+    assert names.count("reference") == 1 and names[-2:] == ["sos", "sos.members"]
+    sos = steps(job)[-2]
+    assert sos.inputs["rows.north"] == "north.rv.corrected"
+    assert sos.inputs["rows.south"] == "south.corrected"
+    assert sos.inputs["rows.apogee"] == "apogee.observations"
+    settings: Any = sos.settings
+    assert settings.labels == ("teff", "logg", "feh", "rv")
+    assert settings.order == ("apogee", "galah", "north", "south")
+    assert settings.flags["north"] == {
+        "teff": "flag_sos", "logg": "flag_sos", "feh": "flag_sos", "rv": "flag_sos_rv",
+    }  # fmt: skip
+
+
+def test_two_targets_become_one_catalog(halves, small_sky):
+    made = rebuild(load_job(job_of(halves, small_sky)))
+    sos, members = (made.path / name for name in ("sos", "sos.members"))
+    assert verify(sos) == [] and verify(members) == []
+    manifest = Manifest.load(sos)
+    n_rows = {x: Manifest.load(made.path / f"{x}.observations").rows.n_out
+              for x in ("north", "south", "apogee", "galah")}  # fmt: skip
+    assert manifest.summary["rows"] == n_rows
+    assert manifest.rows.n_in == sum(n_rows.values()) == Manifest.load(members).rows.n_out
+    stars, listed = rows_of(sos), rows_of(members)
+    assert sum(stars["n_obs"].to_pylist()) == manifest.rows.n_in
+    assert set(listed["star_id"].to_pylist()) == set(stars["star_id"].to_pylist())
+    several = stars.filter(pa.array(stars["n_surveys"].to_numpy() > 1))
+    assert len(several) > 300
+    narrow = several["teff_err"].to_numpy() < several["teff_err_north"].to_numpy(
+        zero_copy_only=False
+    )
+    assert narrow[several["teff_n"].to_numpy() > 1].mean() > 0.3
+    pairs = [one for one in manifest.summary["errors"] if one.get("other") == "south"]
+    assert {one["label"] for one in pairs} >= {"teff", "logg", "feh"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (TWO.replace("[targets.south]", "[targets.apogee]"), "two surveys are named 'apogee'"),
+        (TWO.replace('corrections = ["labels"]', 'corrections = ["mg"]'), "'mg', which is no"),
+        (TWO.replace("1/lamost.fits", "0/lamost.fits"), "one survey twice"),
+        (TWO.split("[targets.north]")[0], r"no table \[target\]"),
+    ],
+)  # fmt: skip
+def test_wrong_targets_are_refused(halves, small_sky, text, says):
+    with pytest.raises(ConfigError, match=says):
+        Plan(load_job(job_of(halves, small_sky, text)))
+
+
+def test_a_target_goes_without_corrections_of_labels_that_it_lacks(halves, small_sky):
+    (halves / "mine.toml").write_text(SURVEY)
+    text = TWO.replace("lamost-dr11-lrs", "mine.toml", 2).replace("mine.toml", "lamost-dr11-lrs", 1)
+    names = [step.product for step in steps(load_job(job_of(halves, small_sky, text)))]
+    free = text.replace('corrections = ["labels"]', "")
+    assert names == [step.product for step in steps(load_job(job_of(halves, small_sky, free)))]
+    wrong = text.replace('corrections = ["labels"]', 'corrections = ["rv"]')
+    with pytest.raises(ConfigError, match="no measured column 'rv'"):
+        steps(load_job(job_of(halves, small_sky, wrong)))

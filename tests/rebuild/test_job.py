@@ -54,7 +54,7 @@ def test_paths_are_relative_to_the_job_and_take_variables(tmp_path, monkeypatch)
         (GOOD.replace("reference.apogee", "reference.lamost"), "two surveys are named 'lamost'"),
         (GOOD.replace("reference.apogee", 'reference."Bad Name"'), "Bad Name"),
         (GOOD.replace('files = ["a.csv"]', "files = []"), "reference.apogee.files"),
-        (GOOD + "[unify]\norder = []\n", "unify. was renamed.*reference_union"),
+        (GOOD + "[unify]\nmethod = 'x'\n", "'unify.method'"),
         (GOOD + "[coverage]\nradius_arcsec = 9.0\n", "unknown key 'coverage.radius.*dedupe"),
         (GOOD + "[compare]\nseed = 3\n", "unknown key 'compare.seed'.*top of the job"),
         (GOOD + "[coverage]\ncompare = false\n", "unknown key 'coverage.compare'.*gone"),
@@ -89,8 +89,8 @@ def test_the_readme_of_jobs_names_every_key():
     tables: list[type[Settings]] = [Job]
     while tables:
         for name, field in tables.pop().model_fields.items():
-            if name == "axes":  # of [compare]: a job may not give it
-                assert ("compare", name) in _ELSEWHERE
+            if name in ("axes", "flags"):  # of [compare] and [unify]: a job may not give them
+                assert {("compare", name), ("unify", name)} & _ELSEWHERE.keys()
             elif not field.exclude or field.description:
                 assert re.search(rf"`[^`]*\b{name}\b[^`]*`", text), name
             kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))

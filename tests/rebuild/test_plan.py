@@ -130,13 +130,13 @@ def test_an_unknown_method_or_a_missing_file_is_told_before_anything_runs(small_
     assert not list((tmp_path / "store").glob("artifacts/*"))
 
 
-def test_one_definition_of_two_surveys_makes_no_confusion(small_sky, tmp_path):
-    """The same survey twice, under two names: their products differ by name alone."""
+def test_one_file_as_two_surveys_is_refused(small_sky, tmp_path):
+    """Its stars would agree with themselves, and count twice."""
     galah = '[reference.galah]\nsurvey = "galah-dr4"\nfiles = ["${SMALL_SKY}/galah.fits"]\n'
     twin = '[reference.apogee2]\nsurvey = "apogee-dr17"\nfiles = ["${SMALL_SKY}/apogee.fits"]\n'
     job = load_job(write_job(tmp_path, small_sky, (galah, twin)))
-    directories = [stage.directory for stage in plan(job)]
-    assert len(set(directories)) == len(directories)
+    with pytest.raises(ConfigError, match="apogee.observations: one survey twice"):
+        plan(job)
 
 
 def test_an_unfinished_output_is_shown_and_goes_on(job, store):

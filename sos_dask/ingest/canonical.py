@@ -216,12 +216,14 @@ def _tested(
     values = native[key]
     if is_text(values) and not any(isinstance(value, str) for value in cut.values):
         values = parse_numbers(place, key, values, pa.int64() if cut.bits_unset else pa.float64())
-    products = (made[name].valid for name, keys in place.source.columns.items() if keys == (key,))
-    *_, valid = None, *products
-    if valid is None or cut.bits_unset or is_text(values):
+    *_, name = "", *(name for name, keys in place.source.columns.items() if keys == (key,))
+    ratio = place.source.ratios.get(name, 1.0)
+    valid = made[name].valid if name else None
+    if (valid is None and ratio == 1.0) or cut.bits_unset or is_text(values):
         return values
     numbers, null = split(values)
-    return as_array(np.ascontiguousarray(numbers), valid if null is None else valid & ~null)
+    valid = made[name].known if null is None else made[name].known & ~null
+    return as_array(np.ascontiguousarray(numbers if ratio == 1.0 else numbers * ratio), valid)
 
 
 # --- one column ----------------------------------------------------------------------------------
@@ -281,7 +283,8 @@ def _numbers(place: Place, source: SourceColumn, key: str, values: Values) -> _M
     else:
         with np.errstate(all="ignore"):
             # Adding 0 makes -0.0 the same bytes as 0.0.
-            scaled = raw if source.factor == 1.0 else raw * source.factor
+            factor = source.factor * place.source.ratios.get(source.name, 1.0)
+            scaled = raw if factor == 1.0 else raw * factor
             data = np.add(scaled, 0, dtype=source.dtype, casting="unsafe")
     ok = ~missing if is_whole else ~missing & np.isfinite(data)
     if source.column.minimum is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +55,43 @@ def open_fits(path: Path, data_path: Path, survey: Survey) -> Contents:
             )
         known = ", ".join(tables.values())
         raise SurveyError(f"{path}: {what}", f"Tables are in HDU {known}: set hdu in the survey.")
-    header, offset = headers[hdu]
-    row_bytes, n_rows = int(header["NAXIS1"]), int(header["NAXIS2"])
-    if row_bytes < 1 or n_rows < 0:
-        raise SurveyError(f"{path}: {n_rows} rows of {row_bytes} bytes are not a table", DAMAGED)
-    expected = offset + row_bytes * n_rows + int(header.get("PCOUNT", 0))
-    actual = data_path.stat().st_size
-    if actual < expected:
-        what = f"{actual} bytes, its header asks for {expected}"
-        raise SurveyError(f"{path} is truncated: {what}", DAMAGED)
-    try:
-        natives = list(_fits_columns(path, header))
-    except KeyError as error:
-        raise SurveyError(f"{path}: its header is damaged: {error}", DAMAGED) from None
-    return natives, n_rows, {"offset": offset, "row_bytes": row_bytes}
+    natives, layout = [], []
+    n_rows = int(headers[hdu][0]["NAXIS2"])
+    for place, number in enumerate((hdu, *_beside(path, headers, tables, survey.beside))):
+        header, offset = headers[number]
+        row_bytes, n_here = int(header["NAXIS1"]), int(header["NAXIS2"])
+        if row_bytes < 1 or n_here < 0:
+            raise SurveyError(
+                f"{path}: {n_here} rows of {row_bytes} bytes are not a table", DAMAGED
+            )
+        if n_here != n_rows:
+            what = f"HDU {tables[hdu]} and HDU {tables[number]} do not belong together row by row"
+            raise SurveyError(f"{path}: {what}", DAMAGED)
+        expected = offset + row_bytes * n_rows + int(header.get("PCOUNT", 0))
+        actual = data_path.stat().st_size
+        if actual < expected:
+            what = f"{actual} bytes, its header asks for {expected}"
+            raise SurveyError(f"{path} is truncated: {what}", DAMAGED)
+        before = f"{survey.beside[place - 1]}." if place else ""
+        try:
+            for native in _fits_columns(path, header):
+                natives.append(replace(native, name=before + native.name, table=place))
+        except KeyError as error:
+            raise SurveyError(f"{path}: its header is damaged: {error}", DAMAGED) from None
+        layout.append((offset, row_bytes))
+    return natives, n_rows, {"tables": tuple(layout)}
+
+
+def _beside(
+    path: Path, headers: list[tuple[Any, int]], tables: Mapping[int, str], names: Sequence[str]
+) -> Iterator[int]:
+    """Numbers of the tables of these names."""
+    of_names = {str(headers[number][0].get("EXTNAME", "")).strip(): number for number in tables}
+    for name in names:
+        if name not in of_names:
+            known = ", ".join(tables.values())
+            raise SurveyError(f"{path}: no table '{name}'", f"Tables are in HDU {known}.")
+        yield of_names[name]
 
 
 def _headers(path: Path) -> list[tuple[Any, int]]:
@@ -129,29 +154,44 @@ def _fits_columns(path: Path, header: Any) -> Iterator[Native]:
 
 
 def read_fits(source: Source, start: int, stop: int, batch_rows: int) -> Batches:
-    """Native columns of a FITS binary table, as `read_native` gives them."""
-    natives, row_bytes = source.natives, source.row_bytes
-    fields = [(native.dtype, native.offset) for native in natives.values()]
-    formats, offsets = zip(*fields, strict=True)
-    layout: Any = {"names": list(natives), "formats": formats, "offsets": offsets}
-    record = np.dtype(layout | {"itemsize": row_bytes})
-    block = np.empty(max(1, _BLOCK_BYTES // row_bytes), record)
-    raw = memoryview(block.view(np.uint8).data)
+    """Native columns of FITS binary tables side by side, as `read_native` gives them."""
+    natives = source.natives
     with Path(source.data_path).open("rb") as file:
-        file.seek(source.offset + start * row_bytes)
         for first in range(start, stop, batch_rows):
             n_rows = min(batch_rows, stop - first)
             columns = {
                 key: np.empty(n_rows, np.dtype(native.dtype).newbyteorder("="))
                 for key, native in natives.items()
             }
-            for low in range(0, n_rows, len(block)):
-                n = min(len(block), n_rows - low)
-                if file.readinto(raw[: n * row_bytes]) < n * row_bytes:
-                    raise SurveyError(f"{source.path} became shorter while it was read", DAMAGED)
-                for key, column in columns.items():
-                    column[low : low + n] = block[key][:n]
+            for table in {native.table for native in natives.values()}:
+                keys = [key for key, native in natives.items() if native.table == table]
+                _read_table(source, file, table, first, {key: columns[key] for key in keys})
             yield first, {key: _fits_values(natives[key], columns[key]) for key in natives}
+
+
+def _read_table(
+    source: Source,
+    file: BufferedReader,
+    table: int,
+    first: int,
+    columns: Mapping[str, NDArray[Any]],
+) -> None:
+    """Fill columns of one table with its rows from the first on."""
+    offset, row_bytes = source.tables[table]
+    fields = [(source.natives[key].dtype, source.natives[key].offset) for key in columns]
+    formats, offsets = zip(*fields, strict=True)
+    layout: Any = {"names": list(columns), "formats": formats, "offsets": offsets}
+    record = np.dtype(layout | {"itemsize": row_bytes})
+    block = np.empty(max(1, _BLOCK_BYTES // row_bytes), record)
+    raw = memoryview(block.view(np.uint8).data)
+    n_rows = len(next(iter(columns.values())))
+    file.seek(offset + first * row_bytes)
+    for low in range(0, n_rows, len(block)):
+        n = min(len(block), n_rows - low)
+        if file.readinto(raw[: n * row_bytes]) < n * row_bytes:
+            raise SurveyError(f"{source.path} became shorter while it was read", DAMAGED)
+        for key, column in columns.items():
+            column[low : low + n] = block[key][:n]
 
 
 def _fits_values(native: Native, column: NDArray[Any]) -> Values:

@@ -114,8 +114,8 @@ def tables(real_data_2, tmp_path_factory):
 def test_an_error_of_9999_is_none(tables):
     found, survey, rows = tables["mrs"]
     assert len(found["rv"]) == len(rows) == 555
-    stated = {int(row["dr3_source_id"]): float(row["rv_err"]) for row in rows}
-    stated = np.array([stated[number] for number in found["obs_id"]])
+    errors = {int(row["dr3_source_id"]): float(row["rv_err"]) for row in rows}
+    stated = np.array([errors[number] for number in found["obs_id"]])
     assert np.count_nonzero(stated == 9999) == 17
     none = np.isnan(found["rv_err"])
     np.testing.assert_array_equal(none, stated > 2000)

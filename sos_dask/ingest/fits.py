@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
@@ -55,16 +55,18 @@ def open_fits(path: Path, data_path: Path, survey: Survey) -> Contents:
             )
         known = ", ".join(tables.values())
         raise SurveyError(f"{path}: {what}", f"Tables are in HDU {known}: set hdu in the survey.")
-    natives, layout = [], []
-    n_rows = int(headers[hdu][0]["NAXIS2"])
-    for place, number in enumerate((hdu, *_beside(path, headers, tables, survey.beside))):
+    names = {str(header.get("EXTNAME", "")).strip(): i for i, (header, _) in enumerate(headers)}
+    natives, layout, n_rows = [], [], int(headers[hdu][0]["NAXIS2"])
+    for place, name in enumerate(("", *survey.beside)):
+        number = names.get(name, 0) if place else hdu
+        if number not in tables:
+            raise SurveyError(f"{path}: no table '{name}'", f"It has {', '.join(tables.values())}.")
         header, offset = headers[number]
-        row_bytes, n_here = int(header["NAXIS1"]), int(header["NAXIS2"])
-        if row_bytes < 1 or n_here < 0:
-            raise SurveyError(
-                f"{path}: {n_here} rows of {row_bytes} bytes are not a table", DAMAGED
-            )
-        if n_here != n_rows:
+        row_bytes = int(header["NAXIS1"])
+        if row_bytes < 1 or n_rows < 0:
+            what = f"{n_rows} rows of {row_bytes} bytes are not a table"
+            raise SurveyError(f"{path}: {what}", DAMAGED)
+        if int(header["NAXIS2"]) != n_rows:
             what = f"HDU {tables[hdu]} and HDU {tables[number]} do not belong together row by row"
             raise SurveyError(f"{path}: {what}", DAMAGED)
         expected = offset + row_bytes * n_rows + int(header.get("PCOUNT", 0))
@@ -72,26 +74,14 @@ def open_fits(path: Path, data_path: Path, survey: Survey) -> Contents:
         if actual < expected:
             what = f"{actual} bytes, its header asks for {expected}"
             raise SurveyError(f"{path} is truncated: {what}", DAMAGED)
-        before = f"{survey.beside[place - 1]}." if place else ""
+        layout.append((offset, row_bytes))
         try:
             for native in _fits_columns(path, header):
-                natives.append(replace(native, name=before + native.name, table=place))
+                whole = f"{name}.{native.name}" if place else native.name
+                natives.append(replace(native, name=whole, table=place))
         except KeyError as error:
             raise SurveyError(f"{path}: its header is damaged: {error}", DAMAGED) from None
-        layout.append((offset, row_bytes))
     return natives, n_rows, {"tables": tuple(layout)}
-
-
-def _beside(
-    path: Path, headers: list[tuple[Any, int]], tables: Mapping[int, str], names: Sequence[str]
-) -> Iterator[int]:
-    """Numbers of the tables of these names."""
-    of_names = {str(headers[number][0].get("EXTNAME", "")).strip(): number for number in tables}
-    for name in names:
-        if name not in of_names:
-            known = ", ".join(tables.values())
-            raise SurveyError(f"{path}: no table '{name}'", f"Tables are in HDU {known}.")
-        yield of_names[name]
 
 
 def _headers(path: Path) -> list[tuple[Any, int]]:
@@ -164,17 +154,13 @@ def read_fits(source: Source, start: int, stop: int, batch_rows: int) -> Batches
                 for key, native in natives.items()
             }
             for table in {native.table for native in natives.values()}:
-                keys = [key for key, native in natives.items() if native.table == table]
-                _read_table(source, file, table, first, {key: columns[key] for key in keys})
+                own = {key: columns[key] for key in natives if natives[key].table == table}
+                _read_table(source, file, table, first, own)
             yield first, {key: _fits_values(natives[key], columns[key]) for key in natives}
 
 
 def _read_table(
-    source: Source,
-    file: BufferedReader,
-    table: int,
-    first: int,
-    columns: Mapping[str, NDArray[Any]],
+    source: Source, file: BufferedReader, table: int, first: int, columns: dict[str, NDArray[Any]]
 ) -> None:
     """Fill columns of one table with its rows from the first on."""
     offset, row_bytes = source.tables[table]

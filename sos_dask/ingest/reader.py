@@ -160,12 +160,13 @@ def _check_twins(source: Source, first: int, native: Native, twins: tuple[Values
     """Raise `SurveyError` where tables that are read side by side have other ids in a row."""
     one, other = (ids if isinstance(ids, pa.Array) else as_array(ids) for ids in twins)
     if not one.equals(other):
-        pairs = zip(one.to_pylist(), other.to_pylist(), strict=True)
-        row, (a, b) = next((row, ids) for row, ids in enumerate(pairs, first) if ids[0] != ids[1])
-        raise SurveyError(
-            f"{source.path}: row {row}: '{native.twin}' is {a}, '{native.name}' is {b}",
-            "The rows of these tables do not belong together: get the file as it was published.",
-        )
+        rows = enumerate(zip(one.to_pylist(), other.to_pylist(), strict=True), first)
+        for row, (a, b) in rows:
+            if a != b:
+                raise SurveyError(
+                    f"{source.path}: row {row}: '{native.twin}' is {a}, '{native.name}' is {b}",
+                    "The rows of these tables do not belong together: download the file again.",
+                )
 
 
 def _masked(values: Values, mask: Values) -> pa.Array:

@@ -31,6 +31,7 @@ from sos_dask.sky.healpix import ang2pix
 from sos_dask.surveys.definition import Cut, SourceColumn, Survey, passing
 
 _REASONS = ("", "null obs_id", "null position", "ra out of range", "dec out of range")
+_CHECKED = (*LABELS, "rv")
 _LABEL_SHIFT = 19  # keeps sign, exponent and four bits of the fraction of a float32
 _LABEL_BINS = 1 << (31 - _LABEL_SHIFT)  # of either sign
 
@@ -293,7 +294,7 @@ def _numbers(place: Place, source: SourceColumn, key: str, values: Values) -> _M
         ok &= data <= source.column.maximum
     name = source.name
     profile: dict[str, Any] = {
-        "labels": {name: label_bins(data[~missing])} if name in LABELS else {}
+        "labels": {name: label_bins(data[~missing])} if name in _CHECKED else {}
     }
     outside = np.flatnonzero(~ok & ~missing)
     if len(outside):
@@ -361,7 +362,7 @@ def check_profile(profile: Profile, survey: Survey, files: Sequence[str]) -> Non
         )
     if n_rows >= 50 and len(profile.lowest) == 2 and "ra_below_24" not in survey.allow:
         _check_positions(profile, survey, files)
-    for label in LABELS:
+    for label in _CHECKED:
         if label in survey.columns:  # a companion of a survey has none
             _check_label(label, profile, survey, files)
 
@@ -403,7 +404,7 @@ def _check_label(label: str, profile: Profile, survey: Survey, files: Sequence[s
             f"in row {row}; the median is about {median:.3g}",
             f"Check its unit and its 'missing' values in [columns.{label}].",
         )
-    if n_valid == 0 and profile.n_rows:
+    if n_valid == 0 and profile.n_rows and label in LABELS:  # some releases have empty rv
         raise SurveyError(
             f"{', '.join(files)}: {where} has no value in any row",
             f"Map [columns.{label}] to a column that is filled in this release.",

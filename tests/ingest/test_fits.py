@@ -174,7 +174,11 @@ def aligned(n=10, seed=0):
     """Two tables that belong together, and the one that both make."""
     data, rng = rows(n, seed), np.random.default_rng(seed)
     one = {name: data[name] for name in ("obsid", "ra", "dec")}
-    two = {"OBSID": data["obsid"].astype(np.int32), "ra": np.zeros(n), "name": rng.integers(0, 9, n).astype("U3")}
+    two = {
+        "OBSID": data["obsid"].astype(np.int32),
+        "ra": np.zeros(n),
+        "name": rng.integers(0, 9, n).astype("U3"),
+    }
     return one, two | {name: data[name] for name in ("teff", "logg", "feh")}
 
 

@@ -36,6 +36,15 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_data_2() -> Path:
+    """Folder of the second set of real tables; skips where they are absent."""
+    folder = Path(os.environ.get("SOS_REAL2_DATA", ROOT.parent / "shared" / "data" / "real2"))
+    if not folder.is_dir():
+        pytest.skip(f"no second set of real tables at {folder} (set SOS_REAL2_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def cluster():
     """A real cluster of two worker processes, started once."""
     from sos_dask.run.cluster import start

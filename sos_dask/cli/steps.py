@@ -60,8 +60,8 @@ _NO_ID = ("id_radius_arcsec",)
 
 @command()
 def simulate(
-    *, out: Path, rows: int = 200_000, seed: int = 1, sky: Names = None, no_bias: bool = False,
-    overwrite: bool = False,
+    *, out: Path, rows: int = 200_000, rave: int = 0, rvs: int = 0, seed: int = 1,
+    sky: Names = None, no_bias: bool = False, overwrite: bool = False,
 ) -> Shown:  # fmt: skip
     """Write a mock sky with known truth, as the surveys' own FITS tables.
 
@@ -76,7 +76,8 @@ def simulate(
             f"{there[0]} exists", "Choose another directory, or give --overwrite to replace it."
         )
     shapes: Any = tuple(sky or ())  # the settings check them
-    settings = module.SkySettings(n_lamost=rows, seed=seed, sky=shapes, bias=not no_bias)
+    more: Any = {"n_rave": rave, "n_rvs": rvs, "seed": seed, "bias": not no_bias}
+    settings = module.SkySettings(n_lamost=rows, sky=shapes, **more)
     with reporting() as report:
         files = module.simulate(settings, out, report)
     yield {"files": files}

@@ -31,6 +31,7 @@ from sos_dask.sky.healpix import ang2pix
 from sos_dask.surveys.definition import Cut, SourceColumn, Survey, passing
 
 _REASONS = ("", "null obs_id", "null position", "ra out of range", "dec out of range")
+_CHECKED = (*LABELS, "rv")
 _LABEL_SHIFT = 19  # keeps sign, exponent and four bits of the fraction of a float32
 _LABEL_BINS = 1 << (31 - _LABEL_SHIFT)  # of either sign
 
@@ -216,12 +217,14 @@ def _tested(
     values = native[key]
     if is_text(values) and not any(isinstance(value, str) for value in cut.values):
         values = parse_numbers(place, key, values, pa.int64() if cut.bits_unset else pa.float64())
-    products = (made[name].valid for name, keys in place.source.columns.items() if keys == (key,))
-    *_, valid = None, *products
-    if valid is None or cut.bits_unset or is_text(values):
+    *_, name = "", *(name for name, keys in place.source.columns.items() if keys == (key,))
+    ratio = place.source.ratios.get(name, 1.0)
+    valid = made[name].valid if name else None
+    if (valid is None and ratio == 1.0) or cut.bits_unset or is_text(values):
         return values
     numbers, null = split(values)
-    return as_array(np.ascontiguousarray(numbers), valid if null is None else valid & ~null)
+    valid = made[name].known if null is None else made[name].known & ~null
+    return as_array(np.ascontiguousarray(numbers if ratio == 1.0 else numbers * ratio), valid)
 
 
 # --- one column ----------------------------------------------------------------------------------
@@ -281,7 +284,8 @@ def _numbers(place: Place, source: SourceColumn, key: str, values: Values) -> _M
     else:
         with np.errstate(all="ignore"):
             # Adding 0 makes -0.0 the same bytes as 0.0.
-            scaled = raw if source.factor == 1.0 else raw * source.factor
+            factor = source.factor * place.source.ratios.get(source.name, 1.0)
+            scaled = raw if factor == 1.0 else raw * factor
             data = np.add(scaled, 0, dtype=source.dtype, casting="unsafe")
     ok = ~missing if is_whole else ~missing & np.isfinite(data)
     if source.column.minimum is not None:
@@ -290,7 +294,7 @@ def _numbers(place: Place, source: SourceColumn, key: str, values: Values) -> _M
         ok &= data <= source.column.maximum
     name = source.name
     profile: dict[str, Any] = {
-        "labels": {name: label_bins(data[~missing])} if name in LABELS else {}
+        "labels": {name: label_bins(data[~missing])} if name in _CHECKED else {}
     }
     outside = np.flatnonzero(~ok & ~missing)
     if len(outside):
@@ -358,7 +362,7 @@ def check_profile(profile: Profile, survey: Survey, files: Sequence[str]) -> Non
         )
     if n_rows >= 50 and len(profile.lowest) == 2 and "ra_below_24" not in survey.allow:
         _check_positions(profile, survey, files)
-    for label in LABELS:
+    for label in _CHECKED:
         if label in survey.columns:  # a companion of a survey has none
             _check_label(label, profile, survey, files)
 
@@ -400,7 +404,7 @@ def _check_label(label: str, profile: Profile, survey: Survey, files: Sequence[s
             f"in row {row}; the median is about {median:.3g}",
             f"Check its unit and its 'missing' values in [columns.{label}].",
         )
-    if n_valid == 0 and profile.n_rows:
+    if n_valid == 0 and profile.n_rows and label in LABELS:  # some releases have empty rv
         raise SurveyError(
             f"{', '.join(files)}: {where} has no value in any row",
             f"Map [columns.{label}] to a column that is filled in this release.",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +55,33 @@ def open_fits(path: Path, data_path: Path, survey: Survey) -> Contents:
             )
         known = ", ".join(tables.values())
         raise SurveyError(f"{path}: {what}", f"Tables are in HDU {known}: set hdu in the survey.")
-    header, offset = headers[hdu]
-    row_bytes, n_rows = int(header["NAXIS1"]), int(header["NAXIS2"])
-    if row_bytes < 1 or n_rows < 0:
-        raise SurveyError(f"{path}: {n_rows} rows of {row_bytes} bytes are not a table", DAMAGED)
-    expected = offset + row_bytes * n_rows + int(header.get("PCOUNT", 0))
-    actual = data_path.stat().st_size
-    if actual < expected:
-        what = f"{actual} bytes, its header asks for {expected}"
-        raise SurveyError(f"{path} is truncated: {what}", DAMAGED)
-    try:
-        natives = list(_fits_columns(path, header))
-    except KeyError as error:
-        raise SurveyError(f"{path}: its header is damaged: {error}", DAMAGED) from None
-    return natives, n_rows, {"offset": offset, "row_bytes": row_bytes}
+    names = {str(header.get("EXTNAME", "")).strip(): i for i, (header, _) in enumerate(headers)}
+    natives, layout, n_rows = [], [], int(headers[hdu][0]["NAXIS2"])
+    for place, name in enumerate(("", *survey.beside)):
+        number = names.get(name, 0) if place else hdu
+        if number not in tables:
+            raise SurveyError(f"{path}: no table '{name}'", f"It has {', '.join(tables.values())}.")
+        header, offset = headers[number]
+        row_bytes = int(header["NAXIS1"])
+        if row_bytes < 1 or n_rows < 0:
+            what = f"{n_rows} rows of {row_bytes} bytes are not a table"
+            raise SurveyError(f"{path}: {what}", DAMAGED)
+        if int(header["NAXIS2"]) != n_rows:
+            what = f"HDU {tables[hdu]} and HDU {tables[number]} do not belong together row by row"
+            raise SurveyError(f"{path}: {what}", DAMAGED)
+        expected = offset + row_bytes * n_rows + int(header.get("PCOUNT", 0))
+        actual = data_path.stat().st_size
+        if actual < expected:
+            what = f"{actual} bytes, its header asks for {expected}"
+            raise SurveyError(f"{path} is truncated: {what}", DAMAGED)
+        layout.append((offset, row_bytes))
+        try:
+            for native in _fits_columns(path, header):
+                whole = f"{name}.{native.name}" if place else native.name
+                natives.append(replace(native, name=whole, table=place))
+        except KeyError as error:
+            raise SurveyError(f"{path}: its header is damaged: {error}", DAMAGED) from None
+    return natives, n_rows, {"tables": tuple(layout)}
 
 
 def _headers(path: Path) -> list[tuple[Any, int]]:
@@ -129,29 +144,40 @@ def _fits_columns(path: Path, header: Any) -> Iterator[Native]:
 
 
 def read_fits(source: Source, start: int, stop: int, batch_rows: int) -> Batches:
-    """Native columns of a FITS binary table, as `read_native` gives them."""
-    natives, row_bytes = source.natives, source.row_bytes
-    fields = [(native.dtype, native.offset) for native in natives.values()]
-    formats, offsets = zip(*fields, strict=True)
-    layout: Any = {"names": list(natives), "formats": formats, "offsets": offsets}
-    record = np.dtype(layout | {"itemsize": row_bytes})
-    block = np.empty(max(1, _BLOCK_BYTES // row_bytes), record)
-    raw = memoryview(block.view(np.uint8).data)
+    """Native columns of FITS binary tables side by side, as `read_native` gives them."""
+    natives = source.natives
     with Path(source.data_path).open("rb") as file:
-        file.seek(source.offset + start * row_bytes)
         for first in range(start, stop, batch_rows):
             n_rows = min(batch_rows, stop - first)
             columns = {
                 key: np.empty(n_rows, np.dtype(native.dtype).newbyteorder("="))
                 for key, native in natives.items()
             }
-            for low in range(0, n_rows, len(block)):
-                n = min(len(block), n_rows - low)
-                if file.readinto(raw[: n * row_bytes]) < n * row_bytes:
-                    raise SurveyError(f"{source.path} became shorter while it was read", DAMAGED)
-                for key, column in columns.items():
-                    column[low : low + n] = block[key][:n]
+            for table in {native.table for native in natives.values()}:
+                own = {key: columns[key] for key in natives if natives[key].table == table}
+                _read_table(source, file, table, first, own)
             yield first, {key: _fits_values(natives[key], columns[key]) for key in natives}
+
+
+def _read_table(
+    source: Source, file: BufferedReader, table: int, first: int, columns: dict[str, NDArray[Any]]
+) -> None:
+    """Fill columns of one table with its rows from the first on."""
+    offset, row_bytes = source.tables[table]
+    fields = [(source.natives[key].dtype, source.natives[key].offset) for key in columns]
+    formats, offsets = zip(*fields, strict=True)
+    layout: Any = {"names": list(columns), "formats": formats, "offsets": offsets}
+    record = np.dtype(layout | {"itemsize": row_bytes})
+    block = np.empty(max(1, _BLOCK_BYTES // row_bytes), record)
+    raw = memoryview(block.view(np.uint8).data)
+    n_rows = len(next(iter(columns.values())))
+    file.seek(offset + first * row_bytes)
+    for low in range(0, n_rows, len(block)):
+        n = min(len(block), n_rows - low)
+        if file.readinto(raw[: n * row_bytes]) < n * row_bytes:
+            raise SurveyError(f"{source.path} became shorter while it was read", DAMAGED)
+        for key, column in columns.items():
+            column[low : low + n] = block[key][:n]
 
 
 def _fits_values(native: Native, column: NDArray[Any]) -> Values:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -50,6 +51,8 @@ class Native:
     # `Source` its key.
     mask: str = ""
     offset: int = 0  # place in a FITS record; of a VOTable the number of the field
+    table: int = 0  # FITS: which of the tables that are read side by side
+    twin: str = ""  # key of the id in the first of them, to which this one must be equal
     dtype: str = ""  # FITS: NumPy type there, TNULL, TSCAL and TZERO
     null: int | None = None
     scale: float = 1
@@ -68,9 +71,10 @@ class Source:
     natives: Mapping[str, Native]  # those needed, by a key of our own (PARAM[0] for an element)
     columns: Mapping[str, tuple[str, ...]]  # of the product -> keys of natives, several if joined
     cuts: Mapping[str, str]  # Cut.column -> key of the native; no columns of the product
+    ratios: Mapping[str, float]  # of the product -> unit of the file / unit of the survey, if not 1
     overflow: bool = False  # the service that made the file has cut it off at its limit of rows
-    offset: int = 0  # FITS and text: where the rows begin
-    row_bytes: int = 0  # FITS
+    offset: int = 0  # text: where the rows begin
+    tables: tuple[tuple[int, int], ...] = ()  # FITS: where the rows begin, and bytes of each
     number: int = 0  # VOTable: which table, from 0
     alone: bool = True  # VOTable: it is the only table
     group_rows: tuple[int, ...] = ()  # Parquet: rows of each row group
@@ -116,7 +120,7 @@ def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source
         if n_rows == 0:
             raise SurveyError(f"{path} has no rows")
         found = _Found(path, known, survey)
-    of = (found.natives, found.columns, found.cuts)
+    of = (found.natives, found.columns, found.cuts, found.ratios)
     return Source(str(path), str(data_path), kind, index, n_rows, *of, **layout)
 
 
@@ -134,6 +138,8 @@ def read_native(source: Source, start: int, stop: int, batch_rows: int) -> Batch
             for key, native in source.natives.items():
                 if native.mask:
                     values[key] = _masked(values[key], values[native.mask])
+                if native.twin:
+                    _check_twins(source, first, native, (values[native.twin], values[key]))
             yield first, values
 
 
@@ -148,6 +154,19 @@ def _refused(path: Path | str) -> Iterator[None]:
         raise SurveyError(
             f"{path} cannot be read: {str(error) or type(error).__name__}", DAMAGED
         ) from error
+
+
+def _check_twins(source: Source, first: int, native: Native, twins: tuple[Values, Values]) -> None:
+    """Raise `SurveyError` where tables that are read side by side have other ids in a row."""
+    one, other = (ids if isinstance(ids, pa.Array) else as_array(ids) for ids in twins)
+    if not one.equals(other):
+        rows = enumerate(zip(one.to_pylist(), other.to_pylist(), strict=True), first)
+        for row, (a, b) in rows:
+            if a != b:
+                raise SurveyError(
+                    f"{source.path}: row {row}: '{native.twin}' is {a}, '{native.name}' is {b}",
+                    "The rows of these tables do not belong together: download the file again.",
+                )
 
 
 def _masked(values: Values, mask: Values) -> pa.Array:
@@ -229,11 +248,16 @@ class _Found:
     """The columns of a file that a survey needs, by key, with their masks."""
 
     def __init__(self, path: Path, known: list[Native], survey: Survey) -> None:
-        self._path, self._known = path, known
+        self._path, self._known, self._allow = path, known, survey.allow
         self.natives: dict[str, Native] = {}
+        self.ratios: dict[str, float] = {}
         self.columns = {
             name: tuple(self._column(name, source)) for name, source in survey.columns.items()
         }
+        for key in self.columns["obs_id"]:
+            for other in known:
+                if other.table and other.name.partition(".")[2].lower() == key.lower():
+                    self._add(replace(other, twin=key))
         self.cuts: dict[str, str] = {}
         for cut in survey.cuts.values():
             native = self._named(cut.column)
@@ -279,7 +303,9 @@ class _Found:
                     f"{where} is stored as float: digits are lost of the 19-digit ids of '{name}'",
                     "Get the file with integer or text ids; they cannot be repaired.",
                 )
-            _check_unit(where, source, native.unit)
+            ratio = _ratio(where, source, native.unit, self._allow)
+            if ratio != 1.0:
+                self.ratios[name] = ratio
             yield self._add(native, source.element)
 
     def _check_shape(self, user: str, native: Native, element: int | None) -> None:
@@ -317,28 +343,36 @@ class _Found:
         return key
 
 
-def _check_unit(where: str, source: SourceColumn, stated: str) -> None:
-    """Raise `SurveyError` where a file states another unit than the survey."""
+def _ratio(where: str, source: SourceColumn, stated: str, allow: Collection[str]) -> float:
+    """Unit that a file states over that of the survey; `SurveyError` where there is none."""
     if not stated or not source.unit or stated == source.unit:
-        return
+        return 1.0
     from astropy import units
 
+    plain = re.sub("(?i)^decimal |(?<=[a-z]{3})s$", "", stated)  # decimal degrees, Kelvins
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found, expected = (units.Unit(u, parse_strict="silent") for u in (stated, source.unit))
-    if found.is_equivalent(expected):
-        is_same = bool(abs(found.to(expected) - 1) < 1e-9)
-    else:
-        # Logarithms and ratios are written in many ways; lengths, times, angles are not.
-        kinds = {str(unit.physical_type) for unit in (found, expected)}
-        is_same = not kinds.isdisjoint(("dimensionless", "unknown"))
+        read = (units.Unit(u, parse_strict="silent") for u in (stated, plain, source.unit))
+        found, plain, expected = read
+    found = plain if str(found.physical_type) == "unknown" else found
+    if source.name == "ra" and found == units.hour:
+        found = units.hourangle
+    is_plain = isinstance(found, units.UnitBase)  # no logarithm
+    if is_plain and found.is_equivalent(expected):
+        ratio = float(found.to(expected))
+        return 1.0 if abs(ratio - 1) < 1e-9 else ratio
+    kind = str(found.physical_type)
+    # Logarithms and ratios are written in many ways; lengths, times, angles are not.
+    is_same = kind == "unknown" and "unknown_unit" in allow
+    if str(expected.physical_type) in ("dimensionless", "unknown"):
+        is_same = not is_plain or kind in ("dimensionless", "unknown", "acceleration")
     if not is_same:
         table = "columns" if source.name in CANONICAL else "extra"
-        unit = "hourangle" if source.name == "ra" and found == units.hour else stated
-        raise SurveyError(
-            f"{where} is in '{stated}', the survey says '{source.unit}'",
-            f'If the file is right, set unit = "{unit}" in [{table}.{source.name}].',
-        )
+        hint = f"Correct the unit in [{table}.{source.name}], or the file: they do not convert."
+        if kind == "unknown":
+            hint = 'If it is the same, set allow = ["unknown_unit"] in the survey.'
+        raise SurveyError(f"{where} is in '{stated}', the survey says '{source.unit}'", hint)
+    return 1.0
 
 
 # --- what several formats share -----------------------------------------------------------------

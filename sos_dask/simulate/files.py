@@ -1,4 +1,4 @@
-"""Make the mock sky block by block, and write its five files: complete, or not there at all.
+"""Make the mock sky block by block, and write its files: complete, or not there at all.
 
 The demonstration is made of it: such a sky with a job file, and the comparison with the truth.
 """
@@ -25,8 +25,8 @@ from sos_dask.errors import StorageError
 from sos_dask.run.cluster import Report, silent
 from sos_dask.schema import LABELS
 from sos_dask.simulate import shapes, sky, surveys
-from sos_dask.simulate.sky import APOGEE, LAMOST, Draws, Plates, SkySettings, Stars
-from sos_dask.simulate.surveys import SURVEYS, TABLES, Records, Visits
+from sos_dask.simulate.sky import APOGEE, LAMOST, RVS, Draws, Plates, SkySettings, Stars
+from sos_dask.simulate.surveys import ALL_SURVEYS, SURVEYS, TABLES, Records, Visits
 from sos_dask.stats.numbers import binned_quantiles, bins_of, rms_of_medians
 from sos_dask.storage.artifact import atomic_path, storage_errors, write_text
 from sos_dask.storage.catalog import Catalog
@@ -43,8 +43,8 @@ _FITS_BLOCK = 2880
 
 
 def sky_files(directory: Path) -> dict[str, Path]:
-    """Files that `simulate` writes, by what it calls them."""
-    paths = {survey.name: directory / f"{survey.name}.fits" for survey in SURVEYS.values()}
+    """Files that `simulate` can write, by what it calls them."""
+    paths = {survey.name: directory / f"{survey.name}.fits" for survey in ALL_SURVEYS.values()}
     return paths | {name: directory / f"{name}.parquet" for name in ("gaia", "truth")}
 
 
@@ -63,10 +63,11 @@ def simulate(settings: SkySettings, directory: Path, progress: Report = silent) 
     Returns
     -------
     dict of str to Path
-        ``lamost``, ``apogee``, ``galah``: the surveys' own tables (FITS, HDU 1).
+        ``lamost``, ``apogee``, ``galah``: the surveys' own tables (FITS, HDU 1), and ``rave`` and
+        ``rvs`` where the settings ask for them; else files of these names are removed.
         ``gaia``: companion with distances and proper motions of every star in Gaia (Parquet;
         about 2 % nulls in each column but the id and the position).
-        ``truth``: one row for each row of the three tables (Parquet), keyed by ``survey`` and
+        ``truth``: one row for each row of these tables (Parquet), keyed by ``survey`` and
         ``obs_id``. Exact duplicates are in it once. Of a sky with shapes it tells of every row
         whether the references avoid such stars (``is_avoided``), and ``bias_rv`` (km/s).
 
@@ -81,16 +82,17 @@ def simulate(settings: SkySettings, directory: Path, progress: Report = silent) 
     except OSError as error:
         raise StorageError(f"cannot make directory {directory}: {error.strerror}") from error
     paths = sky_files(directory)
-    done = dict.fromkeys(SURVEYS, 0)
+    observed = {number: ALL_SURVEYS[number] for number in plates.counts}
+    done = dict.fromkeys(observed, 0)
     with ExitStack() as stack:
         opened = stack.enter_context
-        write = {of: opened(_fits_table(paths[SURVEYS[of].name], of, plates)) for of in SURVEYS}
+        write = {of: opened(_fits_table(paths[by.name], of, plates)) for of, by in observed.items()}
         gaia, truth = (opened(_parquet_file(paths[name])) for name in ("gaia", "truth"))
         for block in plates.blocks(BLOCK_STARS):
             made = _make_block(plates, block, settings)
             gaia(_gaia_table(made))
             truths = []
-            for number, survey in SURVEYS.items():
+            for number, survey in observed.items():
                 visits = _visits(plates, block, made, number, settings)
                 rows, obs_id = TABLES[number](visits)
                 for turn in np.unique(visits.round):
@@ -103,6 +105,9 @@ def simulate(settings: SkySettings, directory: Path, progress: Report = silent) 
             plate = made.plate[table["star"].to_numpy() - made.stars.number[0]]
             truth(table.take(np.argsort(plate, kind="stable")))
     progress(SURVEYS[LAMOST].name, settings.n_lamost, settings.n_lamost)
+    for survey in ALL_SURVEYS.values():
+        if survey not in observed.values():
+            paths.pop(survey.name).unlink(missing_ok=True)  # of other stars
     return paths
 
 
@@ -141,7 +146,7 @@ def _fits_table(path: Path, survey: int, plates: Plates) -> Iterator[Callable[[i
     """
     from astropy.io import fits
 
-    name = SURVEYS[survey].name.upper()
+    name = ALL_SURVEYS[survey].name.upper()
     table = fits.BinTableHDU.from_columns(surveys.columns(survey), nrows=0, name=name)
     table.header["NAXIS2"] = n_rows = plates.n_rows[survey]
     size = table.header["NAXIS1"]
@@ -190,26 +195,26 @@ class _Block:
 
 
 def _make_block(plates: Plates, block: slice, settings: SkySettings) -> _Block:
-    of_surveys = [surveys.UNIFORMS, surveys.NORMALS] * len(SURVEYS)
-    names: list[Sequence[str]] = [sky.UNIFORMS, sky.NORMALS, *of_surveys]
+    of_surveys = [surveys.UNIFORMS, surveys.NORMALS] * len(plates.counts)
+    names: list[Sequence[str]] = [sky.UNIFORMS, sky.NORMALS, *of_surveys, sky.FURTHER_UNIFORMS, ()]
     drawn: list[list[FloatArray]] = [[] for _ in names]
     for plate in range(block.start, block.stop):
         rng = sky.generator(
             settings.seed, sky.PLATE_STREAM, plates.kind[plate], plates.number[plate]
         )
         numbers = [plates.n_stars[plate]]
-        numbers += [plates.counts[survey][:, plate].sum() for survey in SURVEYS]
+        numbers += [counts[:, plate].sum() for counts in plates.counts.values()] + numbers
         for place, number in enumerate(np.repeat(numbers, 2)):
             draw = rng.standard_normal if place % 2 else rng.random
             drawn[place].append(draw((len(names[place]), number)))
-    uniform, normal, *draws = (
+    uniform, normal, *draws, further, _ = (
         dict(zip(own, np.concatenate(pieces, axis=1), strict=True))
         for own, pieces in zip(names, drawn, strict=True)
     )
-    visits = dict(zip(SURVEYS, zip(draws[::2], draws[1::2], strict=True), strict=True))
+    visits = dict(zip(plates.counts, zip(draws[::2], draws[1::2], strict=True), strict=True))
     plate_of = np.repeat(np.arange(block.start, block.stop), plates.n_stars[block])
     stars = sky.make_stars(plates, plate_of, uniform, normal, settings)
-    return _Block(stars, plate_of, uniform, normal, visits)
+    return _Block(stars, plate_of, uniform | further, normal, visits)
 
 
 def _selection_key(
@@ -236,7 +241,7 @@ def _visits(
     plates: Plates, block: slice, made: _Block, survey: int, settings: SkySettings
 ) -> Visits:
     """Observations of a block by a survey, by plate, round and star."""
-    name, counts = SURVEYS[survey].name, plates.counts[survey]
+    name, counts = ALL_SURVEYS[survey].name, plates.counts[survey]
     n_stars, plate = plates.n_stars[block], made.plate
     starts = np.repeat(np.cumsum(n_stars) - n_stars, n_stars)
 
@@ -250,6 +255,8 @@ def _visits(
     key = made.uniform[name]
     if survey != LAMOST:
         key = _selection_key(made.stars, key, survey, settings)
+    if survey == RVS:
+        key = np.where(made.stars.gaia == 0, 1.0, key)
     seen = rank(key) < counts[0][plate]
     again = rank(np.where(seen, made.uniform[f"{name}_repeat"], 1.0))
     first_rows = plates.first_rows(survey)[:, block]
@@ -262,7 +269,7 @@ def _visits(
     # The random numbers of a plate's observations were drawn together.
     star, turn, row = together[:, np.argsort(plate[together[0]], kind="stable")]
     return Visits(
-        SURVEYS[survey], settings, made.stars.take(star), star, turn, row, int(counts[0].sum()),
+        ALL_SURVEYS[survey], settings, made.stars.take(star), star, turn, row, int(counts[0].sum()),
         plates.ra[plate[star]], plates.dec[plate[star]], *made.visits[survey],
     )  # fmt: skip
 

@@ -23,8 +23,11 @@ Draws = Mapping[str, FloatArray]
 Shape = Literal["step", "hooks", "saturation", "correlated", "wrong", "narrow", "hard"]
 SHAPES = get_args(Shape)[:-1]
 
-SPECIAL, LAMOST, APOGEE, GALAH = 0, 1, 2, 3
-"""Kinds of plates: the special stars, and the plates or fields of each survey."""
+SPECIAL, LAMOST, APOGEE, GALAH, RAVE, RVS = range(6)
+"""Kinds of plates: the special stars, and the plates or fields of each survey.
+
+RAVE and the RVS of Gaia have no plates of their own: they see stars of the others.
+"""
 
 # Random numbers of a star, in the order in which they are drawn; alpha is of no use today.
 UNIFORMS = (
@@ -34,6 +37,9 @@ UNIFORMS = (
 NORMALS = (
     "feh", "teff", "logg", "mass", "pmra", "pmdec", "rv", "ebv", "parallax", "bp", "rp", "alpha",
 )  # fmt: skip
+
+# The same of the surveys without plates, drawn last: the others are as if these were not there.
+FURTHER_UNIFORMS = ("rave", "rave_repeat", "rvs", "rvs_repeat")
 
 # Share of each component in the plates of LAMOST, APOGEE, GALAH, with sparse ends on purpose; the
 # special stars, the first kind, are like those of GALAH: all components, bright.
@@ -51,6 +57,7 @@ _PLATE_RADIUS = np.array([0.0, 2.5, 1.5, 1.0])  # deg
 # Fewest and most stars of a plate.
 _PLATE_STARS = {LAMOST: (24, 2048), GALAH: (16, 380), APOGEE: (16, 300)}
 _REPEATS_OF_REFERENCES = {APOGEE: 0.11, GALAH: 0.005}
+_REPEATS_OF_RAVE = 0.12
 _APOGEE_IN_GALAH = 0.03  # of the APOGEE rows
 # Where the references end: hottest, coolest dwarfs and their lowest log g, most metal-poor.
 _ENDS, _NARROW_ENDS = (7900.0, 4100.0, 4.3, -2.7), (7500.0, 4600.0, 4.0, -2.4)
@@ -105,6 +112,8 @@ class SkySettings(Settings):
     n_galah: int | None = Field(
         None, ge=200, description="GALAH rows; by default 56 % of `reference_rows`."
     )
+    n_rave: int = Field(0, ge=0, description="RAVE rows, about, of stars of the others.")
+    n_rvs: int = Field(0, ge=0, description="The same of the radial velocities of Gaia DR3.")
     repeat_fraction: float = Field(
         0.45, ge=0.0, le=0.8, description="Share of the LAMOST rows that observe a star again."
     )
@@ -258,6 +267,14 @@ def make_plates(settings: SkySettings) -> Plates:
         first = in_order(len(SPECIAL_STARS), np.concatenate(of_kinds))
         counts[survey] = np.stack([first, *_repeats(first, n_again[survey])])
     n_stars = in_order(len(SPECIAL_STARS), n_stars)
+    in_south = n_stars * (in_order(0.0, dec) < 5.0)
+    for survey, n, weight in ((RAVE, settings.n_rave, in_south), (RVS, settings.n_rvs, n_stars)):
+        if n:
+            n_twice = round(_REPEATS_OF_RAVE * n) if survey == RAVE else 0
+            first = _shares(n - n_twice, weight, 0.6 * n_stars)
+            first[0] = len(SPECIAL_STARS)
+            counts[survey] = np.stack([first, *_repeats(first, n_twice)])
+            n_rows[survey] = int(counts[survey].sum())
     return Plates(
         in_order(SPECIAL, kind), in_order(0, number), in_order(0.0, ra), in_order(0.0, dec),
         n_stars, np.cumsum(n_stars) - n_stars, counts, n_rows,

@@ -1,7 +1,8 @@
 """Measurements of the stars, and the surveys' own tables: columns, sentinels and flags.
 
 Names, types and units follow LAMOST DR11 LRS (A, F, G, K stars), APOGEE DR17 allStar and GALAH DR4
-allstar; of the many abundance columns of the last two only some are there. Columns that no built-in
+allstar; of the many abundance columns of the last two only some are there. RAVE DR6 and the RVS of
+Gaia DR3 are answers of the queries in the notes of their definitions. Columns that no built-in
 survey definition reads are there and zero, so that the files are as wide as real ones.
 """
 
@@ -21,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from sos_dask.columns import BoolArray, FloatArray, IntArray
 from sos_dask.schema import LABELS
 from sos_dask.simulate import shapes, sky
-from sos_dask.simulate.sky import APOGEE, GALAH, LAMOST, Draws, SkySettings, Stars
+from sos_dask.simulate.sky import APOGEE, GALAH, LAMOST, RAVE, RVS, Draws, SkySettings, Stars
 
 Records = NDArray[Any]
 Names = NDArray[np.str_]
@@ -144,6 +145,19 @@ SURVEYS = {
         slope=(1500.0, 2.5, 2.0), rv_offset=0.2, rv_error=(0.1, 10.0),
         snr=(1.75, 0.18, 13.0, 0.13), snr_range=(4.0, 600.0), snr_of_special=60.0,
         bias=galah_bias,
+    ),
+}  # fmt: skip
+# Surveys that a sky has only where its settings ask for them.
+ALL_SURVEYS = SURVEYS | {
+    RAVE: Survey(
+        "rave", epoch=2000.0, position_error=0.2, no_gaia=0.02, floor=(60.0, 0.12, 0.08),
+        slope=(1500.0, 4.0, 2.5), rv_offset=0.3, rv_error=(0.6, 40.0),
+        snr=(1.65, 0.2, 12.0, 0.13), snr_range=(5.0, 200.0), snr_of_special=60.0, bias=galah_bias,
+    ),
+    RVS: Survey(
+        "rvs", epoch=2016.0, position_error=0.0003, no_gaia=0.0, floor=(50.0, 0.1, 0.06),
+        slope=(2500.0, 5.0, 3.0), rv_offset=-0.15, rv_error=(0.15, 60.0),
+        snr=(1.7, 0.25, 12.0, 0.1), snr_range=(3.0, 500.0), snr_of_special=60.0,
     ),
 }  # fmt: skip
 
@@ -342,7 +356,7 @@ def columns(survey: int) -> Any:
     from astropy.io import fits
 
     found = []
-    for item in re.split("[|\n]", layout(SURVEYS[survey].name)):
+    for item in re.split("[|\n]", layout(ALL_SURVEYS[survey].name)):
         name, form, *more = item.split()
         unit, shape = (None if text == "-" else text for text in (*more, "-", "-")[:2])
         found.append(fits.Column(name, form, unit=unit, dim=shape))
@@ -493,4 +507,45 @@ def galah(visits: Visits) -> tuple[Records, NDArray[Any]]:
     return _records(GALAH, values, gone, np.nan), obs_id
 
 
-TABLES = {LAMOST: lamost, APOGEE: apogee, GALAH: galah}
+def rave(visits: Visits) -> tuple[Records, NDArray[Any]]:
+    """Rows and keys of RAVE DR6.
+
+    60 % of the outliers and 1 % of the others are not converged (1). Nulls are NaN, and 0 for Gaia
+    ids.
+    """
+    plate, fibre = np.divmod(visits.row, 150)
+    obs_id = _joined("20", _digits(plate, 6), "_1507m23_", _digits(fibre + 1, 3))
+    values = visits.measured(
+        "teff_cal_madera logg_cal_madera m_h_cal_madera teff_error_madera logg_error_madera "
+        "m_h_error_madera ra_input dec_input hrv_sparv hrv_error_sparv snr_madera "
+        "gaiaedr3_source_id phot_g_mean_mag"
+    )
+    values |= {"rave_obs_id": obs_id, "algo_conv_madera": visits.flagged("flag", 0.6, 0.01)}
+    gone = {"m_h_cal_madera m_h_error_madera": visits.chance("gap", 0.0, 0.01)}
+    return _records(RAVE, values, gone, np.nan), obs_id
+
+
+def rvs(visits: Visits) -> tuple[Records, NDArray[Any]]:
+    """Rows and keys of Gaia DR3: radial velocities, and GSP-Spec for four of five stars.
+
+    Labels have no errors; a flag of 60 % of the outliers and 2 % of the others is not 0.
+    """
+    stars, flagged = visits.stars, visits.flagged("flag", 0.6, 0.02)
+    values = visits.measured(
+        "teff_gspspec logg_gspspec mh_gspspec - - - ra dec radial_velocity radial_velocity_error "
+        "rv_expected_sig_to_noise source_id phot_g_mean_mag"
+    )
+    del values["-"]
+    parallax, error, _ = stars.gaia_distance(visits.normal["parallax"], visits.normal["distance"])
+    values |= {
+        "parallax": parallax, "pmra": stars.pmra + error * visits.normal["x"],
+        "pmdec": stars.pmdec + error * visits.normal["y"],
+        "flags_gspspec": np.where(flagged, "0000000000001", "0000000000000"),
+    }  # fmt: skip
+    no_labels = visits.chance("gap", 0.0, 0.2)
+    values["flags_gspspec"][no_labels] = ""
+    gone = {"teff_gspspec logg_gspspec mh_gspspec": no_labels}
+    return _records(RVS, values, gone, np.nan), stars.gaia
+
+
+TABLES = {LAMOST: lamost, APOGEE: apogee, GALAH: galah, RAVE: rave, RVS: rvs}

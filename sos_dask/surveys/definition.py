@@ -171,10 +171,11 @@ class ExtraColumn(SourceColumn):
 class Cut(Settings):
     """One quality cut, a table ``[cuts.NAME]``: a row that fails it gets its bit of ``quality``.
 
-    There is exactly one test: limits (one or both, inclusive), ``bits_unset`` or ``values``.
-    ``column`` is a native column, with its native values and units; where the file has none of that
-    name, the column of the product of that name. Sentinels and impossible values are nulls, but not
-    in a flag whose bits are tested.
+    There is exactly one test: limits (one or both, inclusive), ``bits_unset`` or ``values``, of
+    which a text that ends with ``*`` is how texts begin. ``column`` is a native column, with its
+    native values in the unit that the survey says; where the file has none of that name, the column
+    of the product of that name. Sentinels and impossible values are nulls, but not in a flag whose
+    bits are tested.
     """
 
     name: str = Field(exclude=True)
@@ -238,6 +239,8 @@ class Survey(Settings):
     extra: dict[str, ExtraColumn] = Field({}, exclude=True, description="further native columns")
     reference: str = Field("", exclude=True, description="where it is described")
     hdu: int | None = Field(None, ge=1, description="which table of a FITS file or VOTable, from 1")
+    # Their columns are named EXTNAME.COLUMN; all have as many rows, and the same ids.
+    beside: _Texts = Field((), description="further tables of a FITS file, row by row, by EXTNAME")
     # Julian year of ra and dec where no column states it.
     position_epoch: float | None = Field(None, ge=YEARS[0], le=YEARS[1])
     missing: _Numbers = Field((), description="numbers that mean null in every numeric column")
@@ -250,8 +253,9 @@ class Survey(Settings):
     max_rejected_fraction: float = Field(
         0.01, ge=0, le=1, exclude=True, description="more unusable rows: it is another file"
     )
-    # Right ascensions in deg that look like hours; a VOTable that its service has cut off.
-    allow: Annotated[tuple[Literal["ra_below_24", "overflow"], ...], _Lax] = Field(
+    # Right ascensions in deg that look like hours; a VOTable that its service has cut off; a unit
+    # that astropy cannot read, taken for the survey's.
+    allow: Annotated[tuple[Literal["ra_below_24", "overflow", "unknown_unit"], ...], _Lax] = Field(
         (), exclude=True, description="odd data that is right for this survey"
     )
 
@@ -489,4 +493,6 @@ def _text_passes(cut: Cut, column: Values, survey: Survey) -> tuple[BoolArray, B
     passes, null = (
         pc.is_in(text, value_set=pa.array(some)).to_numpy(zero_copy_only=False) for some in words
     )
+    for begin in (value[:-1] for value in words[0] if value.endswith("*")):
+        passes |= pc.starts_with(text, begin).to_numpy(zero_copy_only=False)
     return passes, null & ~passes

@@ -140,11 +140,11 @@ def test_units_that_the_file_states(tmp_path, ingested, kind):
     if kind == "voparquet":
         fields = '<FIELD name="teff" datatype="double" unit="kK"/>'
         xml = f"<VOTABLE><RESOURCE><TABLE>{fields}</TABLE></RESOURCE></VOTABLE>"
-        plain = pa.table({name: list(table()[name]) for name in NAMES})
+        plain = pa.table({name: list(table(teff=[5.0, 5.1, 5.2])[name]) for name in NAMES})
         content = parquet(plain.replace_schema_metadata({"IVOA.VOTable-Parquet.content": xml}))
     else:
         content = written(table(teff=[5.0, 5.1, 5.2] * u.kK), kind, tmp_path)
-    ingested(content).fails("column 'teff' is in 'kK', the survey says 'K'")
+    assert ingested(content).column("teff") == [5000.0, 5100.0, 5200.0]
 
 
 @pytest.mark.parametrize("unit", [u.deg_C, u.eV])
@@ -387,7 +387,8 @@ def test_tables_of_vizier(ingested):
     )
     out = ingested(text)
     assert out.column("obs_id") == [1, 2] and out.column("teff") == [5000.0, None]
-    ingested(text.replace("\tdeg", "\th", 1)).fails("column 'ra' is in 'h'")
+    hours = ingested(text.replace("\tdeg", "\th", 1))
+    assert hours.column("ra") == [pytest.approx(150.0)] and hours.rejected == {"ra out of range": 1}
     ingested(text.replace(" 30", " x")).fails("row 1 (line 8)")
 
 

@@ -421,6 +421,18 @@ def test_other_units_are_noticed_by_the_values(tmp_path):
     refused(profile_of(tmp_path, data), "column 'feh' ('feh')", "[columns.feh]")
 
 
+def test_velocities_in_another_unit_are_noticed_by_the_values(tmp_path):
+    """A file that states no unit; a release without any velocity is right."""
+    columns = {"rv": {"source": "rv"}}
+    data = rows(100) | {"rv": np.linspace(-30_000, 90_000, 100)}
+    profile = read(write_fits(tmp_path / "a", data), survey(columns)).profile
+    with pytest.raises(SurveyError, match=r"'rv'.* are not within -2000 to 2000 km/s"):
+        check_profile(profile, survey(columns), ["a"])
+    data["rv"][:] = -9999
+    profile = read(write_fits(tmp_path / "b", data), survey(columns)).profile
+    check_profile(profile, survey(columns), ["b"])
+
+
 def test_a_label_without_values_is_refused(tmp_path):
     data = rows(100)
     data["feh"][:] = -9999

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.canonical import plan_chunks, read_chunk
 from sos_dask.ingest.fits import _text
-from sos_dask.ingest.reader import open_source
+from sos_dask.ingest.reader import open_source, read_native
 from tests.survey_files import fails, read, rows, survey, write_fits
 
 
@@ -157,3 +157,64 @@ def test_damaged_headers(tmp_path):
 def test_text_ends_at_a_nul_and_has_no_padding(words):
     found = _text(np.array(words, "S9")).to_pylist()
     assert found == [word.rstrip(" \0").split("\0")[0] for word in words]
+
+
+def side_by_side(path, tables):
+    """FITS file of several tables."""
+    hdus = fits.HDUList([fits.PrimaryHDU()])
+    for name, data in tables.items():
+        one = write_fits(path.with_name("one"), data)
+        with fits.open(one) as opened:
+            hdus.append(fits.BinTableHDU(opened[1].data.copy(), opened[1].header, name=name))
+    hdus.writeto(path, overwrite=True)
+    return path
+
+
+def aligned(n=10, seed=0):
+    """Two tables that belong together, and the one that both make."""
+    data, rng = rows(n, seed), np.random.default_rng(seed)
+    one = {name: data[name] for name in ("obsid", "ra", "dec")}
+    two = {
+        "OBSID": data["obsid"].astype(np.int32),
+        "ra": np.zeros(n),
+        "name": rng.integers(0, 9, n).astype("U3"),
+    }
+    return one, two | {name: data[name] for name in ("teff", "logg", "feh")}
+
+
+def beside():
+    columns = {name: {"source": [name, f"B.{name}"]} for name in ("ra", "teff", "logg", "feh")}
+    extra = {"name": {"source": "B.name", "dtype": "string"}}
+    return survey(columns, hdu=1, beside=["B"], extra=extra)
+
+
+@pytest.mark.parametrize(("chunk", "batch"), [(1_000_000, 1_000_000), (7, 1_000), (1_000, 3)])
+def test_tables_side_by_side_are_one(tmp_path, chunk, batch):
+    one, two = aligned(40_000 if chunk > 1000 else 20)
+    path = side_by_side(tmp_path / "a", {"A": one, "C": {"x": np.zeros(3)}, "B": two})
+    whole = write_fits(tmp_path / "b", two | one)
+    plain = survey(extra={"name": {"source": "name", "dtype": "string"}})
+    found, wanted = read(path, beside(), chunk, batch), read(whole, plain)
+    assert found.rows.num_rows == len(one["obsid"])
+    for name in found.rows.column_names:
+        assert found.column(name) == wanted.column(name)
+
+
+def test_tables_that_do_not_belong_together_are_refused(tmp_path):
+    one, two = aligned()
+    fewer = {name: values[:-1] for name, values in two.items()}
+    path = side_by_side(tmp_path / "a", {"A": one, "B": fewer})
+    words = "HDU 1 'A' (10 rows) and HDU 2 'B' (9 rows) do not belong together row by row"
+    fails(path, beside(), words)
+    moved = two | {"OBSID": two["OBSID"].copy()}
+    moved["OBSID"][[3, 7]] = moved["OBSID"][[7, 3]]
+    path = side_by_side(tmp_path / "b", {"A": one, "B": moved})
+    mine, other = one["obsid"][3], moved["OBSID"][3]
+    fails(path, beside(), f"row 3: 'obsid' is {mine}, 'B.OBSID' is {other}")
+    with pytest.raises(SurveyError, match=f"row 7: 'obsid' is {other}"):  # rows are of the file
+        source = open_source(path, beside(), 0, tmp_path)
+        list(read_native(source, 6, 10, 1))
+    fails(side_by_side(tmp_path / "c", {"A": one, "D": two}), beside(), "no table 'B'")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2880])
+    fails(path, beside(), "is truncated")

@@ -1,10 +1,16 @@
 """What the surveys measure of the mock sky: biases, errors, outliers, flags and repeats."""
 
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sos_dask import api
+from sos_dask.simulate import SkySettings, simulate
 from sos_dask.simulate.sky import (
     APOGEE,
     GALAH,
@@ -18,7 +24,8 @@ from sos_dask.simulate.surveys import (
     stated_error_factor,
 )
 from sos_dask.sky import healpix
-from tests.simulate.mock import DEFINITIONS, N_LAMOST, Sky
+from sos_dask.storage.catalog import Catalog
+from tests.simulate.mock import DEFINITIONS, N_LAMOST, SMALL, Sky, digests
 
 
 @pytest.mark.parametrize("survey", SURVEYS)
@@ -193,3 +200,51 @@ def test_nulls_are_the_surveys_own(sky):
     assert [name.strip() for name in apogee["APOGEE_ID"][nowhere]] == [b"VESTA"]
     for name in ("phot_g_mean_mag", "distance", "parallax", "ebv", "pmra"):
         assert 0.005 < sky.gaia[name].null_count / sky.gaia.num_rows < 0.08
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory):
+    """A sky of five surveys, and the same stars without the last two."""
+    given: dict[str, Any] = {"n_lamost": 20_000, "seed": 7}
+    settings = SkySettings(**given, n_rave=3000, n_rvs=4000)
+    paths = simulate(settings, tmp_path_factory.mktemp("five"))
+    return paths, simulate(SkySettings(**given), tmp_path_factory.mktemp("three"))
+
+
+def test_five_surveys_of_the_same_stars(five, tmp_path):
+    """What is written of the others is what it is without RAVE and the RVS."""
+    paths, without = five
+    assert {*paths} - {*without} == {"rave", "rvs"}
+    names = {"lamost", "apogee", "galah", "gaia"}
+    assert {n: digests(paths)[n] for n in names} == {n: digests(without)[n] for n in names}
+    truth = pq.read_table(paths["truth"]).to_pandas()
+    for name, definition in (("rave", "rave-dr6"), ("rvs", "gaia-dr3-rvs")):
+        manifest = api.ingest(definition, paths[name], tmp_path / name)
+        catalog = Catalog.open(tmp_path / name)
+        rows = pa.concat_tables([catalog.read(pixel) for pixel in catalog.pixels]).to_pandas()
+        own = truth[truth["survey"] == name]
+        assert manifest.rows.n_in == len(rows) == len(own) > 2900
+        both = rows.assign(obs_id=rows["obs_id"].astype(str)).merge(
+            own, on="obs_id", suffixes=("", "_true")
+        )
+        assert len(both) == len(rows)
+        n_shared = own["star"].isin(truth[truth["survey"] == "lamost"]["star"]).mean()
+        assert n_shared > 0.1, "stars of other surveys"
+        bright = both[both["snr"] > 30]
+        offset = np.nanmedian(bright["rv"] - bright["rv_true"])
+        assert abs(offset - {"rave": 0.3, "rvs": -0.15}[name]) < 0.15
+        good = both[(both["quality"] == 0) & ~both["is_outlier"]]
+        assert len(good) > 0.5 * len(both)
+        assert abs(np.median(good["teff"] - good["teff_true"] - good["bias_teff"])) < 15
+        caught = both["quality"][both["is_outlier"]] != 0
+        assert caught.mean() > 0.5
+        ids = rows["gaia_dr3_source_id"]
+        assert ids.isna().mean() == (0.0 if name == "rvs" else pytest.approx(0.035, abs=0.015))
+
+
+def test_a_sky_without_rave_leaves_none_of_other_stars(tmp_path):
+    folder = tmp_path / "sky"
+    written = simulate(SkySettings(**SMALL, n_rave=300, n_rvs=300), folder)
+    assert all(path.is_file() for path in written.values()) and len(written) == 7
+    again = simulate(SkySettings(**SMALL, seed=2), folder)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in again.values()}

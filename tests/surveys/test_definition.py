@@ -116,7 +116,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "allow text": (document(allow="ra_below_24"), "allow: must be a list"),
     "allow unknown": (
         document(allow=["ra_bellow"]),
-        "allow.0: must be 'ra_below_24' or 'overflow'",
+        "allow.0: must be 'ra_below_24', 'overflow' or 'unknown_unit'",
     ),
     "expected_error table": (
         document(expected_error=100),

@@ -8,6 +8,7 @@ once the comparison has run: steps that use it are resolved after that.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ from sos_dask.storage.store import (
 )
 from sos_dask.surveys.definition import Survey, load_survey
 
+logger = logging.getLogger(__name__)
 _OF_MEMBERS = MembersSettings.model_fields
 _PLACES = ("obs_id", "ra", "dec", "position_epoch")
 # What pairs, and the table of evidence made of them, call columns of their own.
@@ -210,10 +212,12 @@ def _corrections(job: Job, target: _Target) -> list[_Correction]:
             continue
         with _key(job, f"corrections.{name}"):
             try:
-                problem = _problem(job, name, section, target.columns)
-            except ConfigError:
+                problem = _problem(job, name, section, target)
+            except ConfigError as error:
                 if target.section.corrections or not job.targets:
                     raise
+                text = "%s goes without [corrections.%s]: %s"
+                logger.warning(text, target.key, name, error.message)
                 continue
         methods = section.methods or job.train.methods
         for method in methods:
@@ -254,16 +258,22 @@ def _corrections(job: Job, target: _Target) -> list[_Correction]:
     return found
 
 
-def _problem(
-    job: Job, name: str, section: CorrectionSection, target: Mapping[str, Column]
-) -> Problem:
-    """Labels with their units, and inputs, which the surveys of a job must have."""
+def _problem(job: Job, name: str, section: CorrectionSection, of: _Target) -> Problem:
+    """Labels with their units, and inputs, which the surveys of a job must have.
+
+    Of several targets, one need not have all inputs of a built-in correction.
+    """
+    target = of.columns
     references = {x: _columns(job, one) for x, one in job.reference.items()}
     known = BUILT_IN.get(name)
     labels = section.labels or (known.names if known else ())
     inputs = section.inputs or (known.columns if known else ())
     if section.inputs is None and known is DEFAULT and SNR in target:
         inputs = (*inputs, SNR)
+    elif section.inputs is None and job.targets:
+        for lacking in [one for one in inputs if one not in target]:
+            logger.warning("%s has no '%s', input of [corrections.%s]", of.key, lacking, name)
+        inputs = tuple(one for one in inputs if one in target)
     for key, names in (("labels", labels), ("inputs", inputs)):
         if not names:
             raise ConfigError(f"'{key}' is missing", f"Built in are: {', '.join(BUILT_IN)}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,11 @@ from sos_dask.columns import FloatArray, IntArray, floats_or_nan, mixed
 from sos_dask.errors import CatalogError
 from sos_dask.evidence.trends import three_cornered_hat
 from sos_dask.problem import ColumnName
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, LABELS
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.base import Made, Role, Run, by_pixel, partition_record
 from sos_dask.stages.members import MembersSettings
-from sos_dask.stages.united import United, together
+from sos_dask.stages.united import United, together, with_key
 from sos_dask.stars.average import (
     MIN_COMMON,
     Average,
@@ -61,7 +62,9 @@ class UnifySettings(MembersSettings):
         (*LABELS, "rv"), description="What is averaged: columns, corrected where *_sos is there."
     )
     flags: Mapping[str, Mapping[str, str]] = Field(
-        {}, description="By survey and label: column of its flags; default flag_sos."
+        {},
+        description="By survey and label: column of its flags; default flag_sos. Of these surveys "
+        "no label counts that is not corrected.",
     )
     expected_error: Mapping[str, Mapping[str, float]] = Field(
         {}, description="By survey and label: error where none is stated; default: the survey's."
@@ -87,7 +90,8 @@ class Unify(United[UnifySettings]):
         Role("stars", "Its stars, whose repeats tell its errors.", "output", True, many=True),
         Role("reference", "The united references, with their zero points.", "output", True),
     )
-    floor: Mapping[str, FloatArray] | None = None
+    floor: Mapping[str, FloatArray] = MappingProxyType({})
+    together: Mapping[str, FloatArray] = MappingProxyType({})
 
     @property
     def order(self) -> Sequence[str]:
@@ -127,16 +131,18 @@ class Unify(United[UnifySettings]):
         run.parts("common", parts, self.compare_surveys, "stars in common")
         common = [run.output.read_piece(f"common-{key}") for key in parts]
         sample = pa.concat_tables(common) if common else None
-        self.floor, told = {}, []
+        self.floor, self.together, told = {}, {}, []
         for label in labels:
             self.floor[label] = np.zeros(len(self.names))
             if sample is not None:
                 value, error = (_matrix(sample, label, kind) for kind in ("value", "error"))
-                self.floor[label], found = floors(value, error, self.names)
+                self.floor[label], self.together[label], found = floors(value, error, self.names)
                 told += [{"label": label, **one} for one in [*found, *self._hats(value)]]
         done = run.parts("stars", parts, self.stars_of_pixel, "unify")
         nobody = {
-            survey: self.as_read(survey, one.schema.empty_table().select(one.columns(self._read)))
+            survey: self.as_read(
+                survey, one.schema.empty_table().select(with_key(one, self.columns))
+            )
             for survey, one in catalogs.items()
         }
         schema = self._averaged(together(nobody), np.empty(0, dtype=np.int64)).schema
@@ -167,9 +173,9 @@ class Unify(United[UnifySettings]):
                 yield {**found, "other": others, "hat": one["sigma"]}
 
     @property
-    def _read(self) -> list[str]:
+    def columns(self) -> list[str]:
         """Columns that are read of a survey's rows, where it has them."""
-        names = [HEALPIX_COLUMN, "obs_id", "star_id", *_OF_STARS, *MOTION, "quality", "snr", "logg"]
+        names = [HEALPIX_COLUMN, *_OF_STARS, *MOTION, "quality", "snr", "logg"]
         for label in self.settings.labels:
             names += [label, f"{label}_err", f"{label}_sos", f"{label}_sos_err"]
             names += [self._flags(survey, label) for survey in self.names]
@@ -181,14 +187,15 @@ class Unify(United[UnifySettings]):
     def as_read(self, survey: str, table: pa.Table) -> pa.Table:
         """Rows of a survey with value, error and grade of each label."""
         names = set(table.schema.names)
-        kept = [HEALPIX_COLUMN, "obs_id", "star_id", *_OF_STARS, "quality"]
-        out = table.select([name for name in dict.fromkeys(kept) if name in names])
+        out = table.select(
+            [x for x in (HEALPIX_COLUMN, *KEYS, *_OF_STARS, "quality") if x in names]
+        )
         fails = pc.not_equal(table["quality"], 0).to_numpy()
         for label in self.settings.labels:
             if f"{label}_sos" in names:
                 value, error = (floats_or_nan(table, f"{label}_{x}") for x in ("sos", "sos_err"))
                 uncovered = table[self._flags(survey, label)].to_numpy() & correct.NOT_COVERED != 0
-            elif label in names:
+            elif label in names and survey not in self.settings.flags:
                 value = floats_or_nan(table, label) - self.offsets.get(survey, {}).get(label, 0.0)
                 error = floats_or_nan(table, f"{label}_err")
                 error = np.where(error > 0, error, self.expected[survey].get(label, np.nan))
@@ -204,7 +211,7 @@ class Unify(United[UnifySettings]):
 
     def compare_surveys(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Keep the means of the surveys of stars of one partition that several surveys have."""
-        table, primary = self.members(pixel, self._read)
+        table, primary = self.members(pixel, self.columns)
         stars = _Stars.of(table, primary, self.names)
         n_rows = sum(one.n_rows for one in self.surveys().values())
         share = min(1.0, _MOST_COMMON / max(n_rows, 1))
@@ -236,7 +243,7 @@ class Unify(United[UnifySettings]):
 
     def stars_of_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Write the stars whose primary lies in one partition, at the common epoch."""
-        table, primary = self.members(pixel, self._read)
+        table, primary = self.members(pixel, self.columns)
         stars = self._averaged(table, primary)
         flags = stars["flag_sos"].to_numpy()
         return {
@@ -254,8 +261,8 @@ class Unify(United[UnifySettings]):
         columns: list[tuple[pa.Field, Any]] = []
         for label in self.settings.labels:
             means, grade = self._means(stars, label)
-            floor = np.zeros(len(names)) if self.floor is None else self.floor.get(label, 0.0)
-            found = average(means, np.asarray(floor), self.settings.clip)
+            floor = self.floor.get(label, np.zeros(len(names)))
+            found = average(means, floor, self.settings.clip, self.together.get(label))
             known = np.isfinite(found.value)
             flags |= (known & (grade == FAILS)) * np.int64(FLAG_FAILS)
             flags |= (known & (grade == UNCOVERED)) * np.int64(FLAG_UNCOVERED)
@@ -383,6 +390,6 @@ def _as_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Comparisons of the surveys as a table that a person can read."""
     fields = [("label", pa.string()), ("survey", pa.string()), ("other", pa.string())]
     fields += [("n", pa.int64()), ("offset", pa.float64()), ("scatter", pa.float64())]
-    fields += [("width", pa.float64()), ("hat", pa.float64()), ("low", pa.float64())]
-    fields += [("high", pa.float64()), ("negative", pa.bool_())]
+    fields += [("width", pa.float64()), ("correlation", pa.float64()), ("hat", pa.float64())]
+    fields += [("low", pa.float64()), ("high", pa.float64()), ("negative", pa.bool_())]
     return pa.Table.from_pylist(list(rows), pa.schema([*fields, ("floor", pa.float64())]))

@@ -104,7 +104,7 @@ class United(Stage[U]):
                 survey: self.as_read(
                     survey,
                     at_epoch(
-                        one.read_ranges(ranges, one.columns([key_column(one), *columns])),
+                        one.read_ranges(ranges, with_key(one, columns)),
                         settings.epoch,
                     ),
                 )
@@ -125,6 +125,11 @@ class United(Stage[U]):
         ours = inside[primary]
         row_of = np.cumsum(ours) - 1
         return table.filter(pa.array(ours)), row_of[primary[ours]]
+
+
+def with_key(catalog: Catalog, columns: Sequence[str]) -> list[str]:
+    """Key of a catalog, and those of some columns that it has."""
+    return catalog.columns(dict.fromkeys([key_column(catalog), *columns]))
 
 
 def together(tables: Mapping[str, pa.Table]) -> pa.Table:

@@ -10,7 +10,9 @@ survey, has an error, the mean is plain and its error unknown.
 The floors follow from stars in common (`floors`): squared and summed over two surveys they are what
 the variance of their differences has over the stated one. With three surveys that is the
 three-cornered hat, with two each gets half, with more it is a fit of least squares to numbers that
-are not negative.
+are not negative. Differences that scatter less than stated tell that errors of two surveys go
+together, as those of two corrections that lean on the same star's labels: their correlation makes
+the error of the mean larger.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ MIN_COMMON = 50
 _MOST_COMPARED = 100_000  # of them tell a scatter to 0.3 %
 _STEPS = 50
 _CLIP = 3.0
+_MOST_CORRELATED = 0.9
 
 
 class Means(NamedTuple):
@@ -108,10 +111,13 @@ def _far(
     return far
 
 
-def average(means: Means, floor: FloatArray, clip: float) -> Average:
+def average(
+    means: Means, floor: FloatArray, clip: float, correlation: FloatArray | None = None
+) -> Average:
     """Average the means of the surveys of each star.
 
-    ``floor`` (s,): error that all rows of a survey share. Of three surveys or more, one that is
+    ``floor`` (s,): error that all rows of a survey share; ``correlation`` (s, s) of the errors of
+    two surveys. Of three surveys or more, one that is
     farther than ``clip`` of its errors from their median is left out, as long as two are left.
     """
     value = means.value
@@ -132,7 +138,9 @@ def average(means: Means, floor: FloatArray, clip: float) -> Average:
     total = weight.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = (weight * np.where(used, value, 0.0)).sum(axis=1) / total
-        error = np.where(some, total**-0.5, np.nan)
+        root = np.sqrt(weight)  # weight times error
+        shared = root @ (np.eye(value.shape[1]) if correlation is None else correlation)
+        error = np.where(some, np.sqrt((shared * root).sum(axis=1)) / total, np.nan)
     difference = np.where(used, value - mean[:, None], 0.0)
     chi2 = np.where(some, (weight * difference**2).sum(axis=1), np.nan)
     return Average(mean, error, chi2, used.sum(axis=1), rejected)
@@ -150,7 +158,7 @@ def improbable(chi2: FloatArray, dof: IntArray, level: float) -> BoolArray:
 
 def floors(
     value: FloatArray, error: FloatArray, surveys: Sequence[str]
-) -> tuple[FloatArray, list[dict[str, Any]]]:
+) -> tuple[FloatArray, FloatArray, list[dict[str, Any]]]:
     """Measure the floors of the errors of surveys by stars in common.
 
     Parameters
@@ -164,13 +172,16 @@ def floors(
     -------
     floor : ndarray of float64, shape (s,)
         0 where a survey cannot be compared.
+    correlation : ndarray of float64, shape (s, s)
+        Of the errors of two surveys, from 0 to 0.9; of a survey with itself 1.
     found : list of dict
         A row for each two surveys: ``survey``, ``other``, ``n`` stars in common, ``offset``
         (median of survey - other), ``scatter`` of it, ``width`` (scatter in units of the stated
-        errors); then a row for each survey: its ``floor``.
+        errors), ``correlation``; then a row for each survey: its ``floor``.
     """
     found: list[dict[str, Any]] = []
     excess: dict[tuple[int, int], tuple[float, float]] = {}  # and its weight
+    correlation = np.eye(len(surveys))
     for i, j in combinations(range(len(surveys)), 2):
         both = np.flatnonzero(np.isfinite(value[:, [i, j]]).all(axis=1))
         both = both[np.isfinite(error[both][:, [i, j]]).all(axis=1)][:_MOST_COMPARED]
@@ -185,15 +196,22 @@ def floors(
         spread = scatter(difference)
         # A scatter of n numbers is known to 1.17 / sqrt(n) of it, its square to twice that.
         weight = len(both) ** 0.5 / spread**2
-        excess[i, j] = _excess(difference - offset, stated), weight
+        surplus = _excess(difference - offset, stated)
+        excess[i, j] = max(surplus, 0.0), weight
+        product = np.median(np.abs(error[both][right][:, [i, j]]).prod(axis=1, dtype=np.float64))
+        together = min(max(-surplus, 0.0) / (2 * product), _MOST_CORRELATED)
+        correlation[i, j] = correlation[j, i] = together
         names = {"survey": surveys[i], "other": surveys[j]}
         width = scatter(difference / np.sqrt(stated))
         of_both = {"n": len(both), "offset": offset, "scatter": spread, "width": width}
-        found.append({**names, **of_both})
+        found.append({**names, **of_both, "correlation": float(together)})
     floor = _shared(excess, len(surveys))
-    return floor, found + [
-        {"survey": name, "floor": float(floor[number])} for number, name in enumerate(surveys)
-    ]
+    return (
+        floor,
+        correlation,
+        found
+        + [{"survey": name, "floor": float(floor[number])} for number, name in enumerate(surveys)],
+    )
 
 
 def _excess(difference: FloatArray, stated: FloatArray) -> float:

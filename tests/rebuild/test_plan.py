@@ -135,7 +135,7 @@ def test_one_file_as_two_surveys_is_refused(small_sky, tmp_path):
     galah = '[reference.galah]\nsurvey = "galah-dr4"\nfiles = ["${SMALL_SKY}/galah.fits"]\n'
     twin = '[reference.apogee2]\nsurvey = "apogee-dr17"\nfiles = ["${SMALL_SKY}/apogee.fits"]\n'
     job = load_job(write_job(tmp_path, small_sky, (galah, twin)))
-    with pytest.raises(ConfigError, match="apogee.observations: one survey twice"):
+    with pytest.raises(ConfigError, match=r"apogee\.observations: one survey twice"):
         plan(job)
 
 

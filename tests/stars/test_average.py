@@ -98,7 +98,7 @@ def measured(
 def test_floors_of_five_surveys():
     truth = [0.0, 1.0, 2.0, 0.5, 3.0]
     value, error = measured(truth, [1.0, 1.0, 2.0, 0.5, 3.0])
-    floor, found = floors(value, error, list("abcde"))
+    floor, _, found = floors(value, error, list("abcde"))
     np.testing.assert_allclose(floor, truth, atol=0.25)
     pairs = [one for one in found if "other" in one]
     assert len(pairs) == 10 and abs(pairs[0]["offset"] + 0.3) < 0.1
@@ -110,19 +110,32 @@ def test_floors_of_five_surveys():
 
 def test_two_surveys_share_what_is_too_much():
     value, error = measured([0.0, 2.0], [1.0, 1.0])
-    floor, _ = floors(value, error, ["a", "b"])
+    floor, _, _ = floors(value, error, ["a", "b"])
     np.testing.assert_allclose(floor, 2**0.5, atol=0.1)
 
 
 def test_errors_that_are_too_large_have_no_floor():
     value, error = measured([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
-    floor, found = floors(value, 2 * error, list("abc"))
+    floor, _, found = floors(value, 2 * error, list("abc"))
     assert not floor.any() and all(one["width"] < 0.6 for one in found[:3])
+
+
+def test_errors_that_go_together_make_the_mean_less_certain():
+    rng = np.random.default_rng(3)
+    shared, own = rng.normal(size=(20_000, 1)), rng.normal(size=(20_000, 3))
+    value = 0.6**0.5 * shared * [1, 1, 0] + own * [0.4**0.5, 0.4**0.5, 1]
+    error = np.ones_like(value)
+    floor, correlation, _ = floors(value, error, list("abc"))
+    np.testing.assert_allclose(correlation, [[1, 0.6, 0], [0.6, 1, 0], [0, 0, 1]], atol=0.05)
+    both = Means(value, error, np.zeros(0, dtype=np.bool_))
+    found = average(both, floor, 5.0, correlation)
+    assert abs(np.std(found.value / found.error) - 1) < 0.02
+    assert np.std(found.value / average(both, floor, 5.0).error) > 1.15
 
 
 def test_surveys_without_common_stars_have_no_floor():
     value, error = measured([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], 20_000)
     value[::2, 2] = NAN
     value[1::2, :2] = NAN
-    floor, found = floors(value, error, list("abc"))
+    floor, _, found = floors(value, error, list("abc"))
     assert floor[2] == 0 and floor[0] > 0.8 and len(found) == 4

@@ -126,7 +126,8 @@ def test_errors_that_go_together_make_the_mean_less_certain():
     value = 0.6**0.5 * shared * [1, 1, 0] + own * [0.4**0.5, 0.4**0.5, 1]
     error = np.ones_like(value)
     floor, correlation, _ = floors(value, error, list("abc"))
-    np.testing.assert_allclose(correlation, [[1, 0.6, 0], [0.6, 1, 0], [0, 0, 1]], atol=0.05)
+    wanted = np.array([[1.0, 0.6, 0.0], [0.6, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    np.testing.assert_allclose(correlation, wanted, atol=0.05)
     both = Means(value, error, np.zeros(0, dtype=np.bool_))
     found = average(both, floor, 5.0, correlation)
     assert abs(np.std(found.value / found.error) - 1) < 0.02

@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pyarrow as pa
@@ -39,7 +40,8 @@ REAL_FILES = {
 def test_the_promised_surveys_are_there():
     assert set(SURVEYS) >= {
         *(f"lamost-dr{release}-lrs" for release in (8, 9, 10, 11)),
-        *("apogee-dr17", "galah-dr3", "galah-dr4"),
+        *("apogee-dr17", "galah-dr3", "galah-dr4", "lamost-dr11-mrs", "gaia-eso-dr5", "rave-dr6"),
+        *("segue-dr12", "desi-mws-dr1", "sdss-dr19-aspcap", "gaia-dr3-rvs"),
         *REAL_FILES,
     }
     assert sorted(SURVEYS) == SURVEYS
@@ -105,6 +107,26 @@ def test_text_of_builtin_definition_names_no_machine(name):
     )
 
 
+@pytest.mark.parametrize("name", SURVEYS)
+def test_what_is_from_memory_is_said(name):
+    """In the reason of the cut, which ``sos-dask surveys NAME`` shows."""
+    text = (Path(definition.__file__).parent / f"{name}.toml").read_text()
+    for cut in re.findall(r"# \[[CU]\][^\n]*\n\[cuts\.(\w+)\]", text):
+        assert re.search("not prescribed|not checked", load_survey(name).cuts[cut].reason), cut
+
+
+@pytest.mark.parametrize("name", SURVEYS)
+def test_overrides_that_notes_tell_are_right(name):
+    text = " ".join(load_survey(name).notes.split())
+    for begin in re.finditer(r"override = \{", text):
+        depth, stop = 1, begin.end()
+        while depth:
+            depth += {"{": 1, "}": -1}.get(text[stop], 0)
+            stop += 1
+        override = tomllib.loads(text[begin.start() : stop])["override"]
+        assert load_survey(name, override) != load_survey(name), override
+
+
 def test_gaia_releases_are_not_mixed():
     gaia = {
         name: {column for column in load_survey(name).columns if column.startswith("gaia")}
@@ -116,6 +138,8 @@ def test_gaia_releases_are_not_mixed():
         assert gaia[name] == set(), "the release of its Gaia ids is not known"
         assert "gaia_dr3_source_id" in load_survey(name).notes
     assert gaia["galah-dr3"] == {"gaia_dr2_source_id", "gaia_dr3_source_id"}
+    assert gaia["gaia-eso-dr5"] == gaia["segue-dr12"] == set()
+    assert gaia["sdss-dr19-aspcap"] == gaia["galah-dr3"]
     for name in SURVEYS:
         for column in gaia[name]:
             assert 0.0 in load_survey(name).columns[column].missing

@@ -126,7 +126,8 @@ def _values(item: pa.Field, column: pa.Array, width: int, wide: bool, flags: boo
     if not is_float and not flags and item.nullable and pc.index(column, null).as_py() >= 0:
         what = f"column '{item.name}' has the value {null}, which stands for null in FITS"
         raise ConfigError(what, _OTHER)
-    return np.asarray(pc.fill_null(column, null).to_numpy())
+    column = pc.fill_null(column, null) if column.null_count else column
+    return np.asarray(column.to_numpy())
 
 
 # -- formats --------------------------------------------------------------------------------------

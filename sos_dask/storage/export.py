@@ -26,10 +26,8 @@ from sos_dask.storage.formats import FORMATS, about, plain
 from sos_dask.storage.manifest import Manifest
 from sos_dask.surveys.definition import Cut, builtin_surveys, load_survey
 
-_COMPARE = {
-    "==": pc.equal, "!=": pc.not_equal, "<=": pc.less_equal, ">=": pc.greater_equal,
-    "<": pc.less, ">": pc.greater,
-}  # fmt: skip
+_COMPARE = {"==": "equal", "!=": "not_equal", "<=": "less_equal", ">=": "greater_equal",
+            "<": "less", ">": "greater"}  # fmt: skip
 _TEST = re.compile(
     r"(\S+?)\s*(?:&\s*(\d+)\s*)?(==|!=|<=|>=|<|>)\s*('[^']*'|\"[^\"]*\"|[^\s'\"]+)(?:\s+and\s+|$)"
 )
@@ -54,8 +52,7 @@ def export(
         Tests joined by ``and``, such as ``teff > 4000 and flag_sos & 23 == 0``: a column, or some
         of its bits, is compared with a value of its own type. A null passes none.
     dictionary, citation : path, optional
-        What the columns are, with range, nulls and bits of flags (.md, .csv or .json); the build,
-        surveys and papers behind the catalog (.txt or .bib).
+        Columns with unit, range, nulls, bits (.md, .csv or .json); surveys, papers (.txt or .bib).
 
     Returns
     -------
@@ -63,15 +60,10 @@ def export(
         ``path``, ``rows``, ``bytes`` and ``columns``, as in the dictionary.
     """
     kinds = (FORMATS, (".md", ".csv", ".json"), (".txt", ".bib"))
-    new = [(x, of) for x, of in zip((path, dictionary, citation), kinds, strict=True) if x]
-    for file, known in new:
-        if file.suffix not in known:
+    for file, known in zip((path, dictionary, citation), kinds, strict=True):
+        if file is not None and file.suffix not in known:
             raise ConfigError(f"{file} ends with no known format", f"Known: {', '.join(known)}.")
-        if (
-            file.is_dir()
-            or (file.exists() and not overwrite)
-            or [x for x, _ in new].count(file) > 1
-        ):
+        if file and (path == dictionary or file.is_dir() or (file.exists() and not overwrite)):
             raise StorageError(f"{file} exists", "Choose another name, or give --overwrite.")
     names = list(columns) or catalog.schema.names
     catalog.require(*names)
@@ -79,26 +71,25 @@ def export(
         raise ConfigError(f"a column is named twice: {', '.join(names)}")
     fields = [catalog.schema.field(name) for name in names]
     schema = pa.schema(fields if path.suffix == ".parquet" else map(plain, fields))
-    tests, n = list(_tests(catalog, where)), len(catalog.pixels)
+    tests, n_rows = list(_tests(catalog, where)), 0
     begin: dict[str, Any] = {"nulls": 0, "min": None, "max": None}
     lines = [{**about(item), "type": str(item.type), **begin} for item in schema]
-    n_rows = 0
 
     def read(some: pa.Schema) -> Iterator[pa.Table]:
         nonlocal n_rows
+        needed = list(dict.fromkeys([*some.names, *(name for name, _ in tests)]))
         for number, pixel in enumerate(catalog.pixels):
-            report(f"export {catalog.name}", number, n)
-            needed = [*some.names, *(name for name, *_ in tests)]
-            table = catalog.read(pixel, list(dict.fromkeys(needed)))
-            for test in tests:
-                table = table.filter(_passing(table, *test))
+            report(f"export {catalog.name}", number, len(catalog.pixels))
+            table = catalog.read(pixel, needed)
+            for _, passes in tests:
+                table = table.filter(passes)
             table = table.select(some.names).cast(some)
             if some is schema:
                 n_rows += table.num_rows
                 for line, column in zip(lines, table.columns, strict=True):
                     _count(line, column)
             yield table
-        report(f"export {catalog.name}", n, n)
+        report(f"export {catalog.name}", len(catalog.pixels), len(catalog.pixels))
 
     with atomic_path(path) as temporary:
         FORMATS[path.suffix](temporary, catalog.name, schema, read)
@@ -115,29 +106,26 @@ def export(
     return {"path": path, "rows": n_rows, "bytes": n_bytes, "columns": lines}
 
 
-def _tests(catalog: Catalog, where: str) -> Iterator[tuple[Any, ...]]:
-    """Parse tests, and try each on no rows: column, mask of bits, comparison, value."""
-    at, where = 0, where.strip()
-    while at < len(where):
-        found = _TEST.match(where, at)
-        if found is None:
-            hint = "For example: teff > 4000 and flag_sos & 23 == 0 and class == 'STAR'."
-            raise ConfigError(f"the condition {where[at:]!r} cannot be read", hint)
-        name, bits, compare, value = found.groups()
+def _tests(catalog: Catalog, where: str) -> Iterator[tuple[str, pc.Expression]]:
+    """Parse tests joined by ``and``, and try each on no rows; columns with what they must be."""
+    found = list(_TEST.finditer(where.strip()))
+    if "".join(test[0] for test in found) != where.strip():
+        hint = "For example: teff > 4000 and flag_sos & 23 == 0 and class == 'STAR'."
+        raise ConfigError(f"the condition {where!r} cannot be read", hint)
+    for test in found:
+        name, bits, compare, value = test.groups()
         catalog.require(name)
-        kind, at = catalog.schema.field(name).type, found.end()
+        values, kind = pc.field(name), catalog.schema.field(name).type
         try:
-            mask = None if bits is None else pa.scalar(bits).cast(kind)
-            test = name, mask, _COMPARE[compare], pa.scalar(value.strip("'\"")).cast(kind)
-            _passing(catalog.schema.empty_table(), *test)
+            if bits:
+                values = pc.bit_wise_and(values, pa.scalar(bits).cast(kind))
+            limit = pa.scalar(value.strip("'\"")).cast(kind)
+            passes = getattr(pc, _COMPARE[compare])(values, limit)
+            catalog.schema.empty_table().filter(passes)
         except pa.ArrowException as error:
-            what = f"the condition {found[0]!r} cannot be tested: '{name}' has type {kind}"
+            what = f"the condition {test[0]!r} cannot be tested: '{name}' has type {kind}"
             raise ConfigError(what, str(error)) from None
-        yield test
-
-
-def _passing(table: pa.Table, name: str, mask: Any, compare: Any, value: Any) -> Any:
-    return compare(table[name] if mask is None else pc.bit_wise_and(table[name], mask), value)
+        yield name, passes
 
 
 # -- data dictionary ------------------------------------------------------------------------------
@@ -175,14 +163,15 @@ def _behind(made: Manifest, store: Path) -> Iterator[Manifest]:
     """Yield a manifest and those of all that it is made of, first what its rows are from."""
     todo, seen = [made], set[str]()
     while todo:
-        if (one := todo.pop()).fingerprint in seen:
-            continue
-        seen.add(one.fingerprint)
-        yield one
-        for role in sorted(one.recipe.inputs, key=lambda role: role in stores.ROW_INPUTS):
-            for place in (store / "artifacts").glob(f"*/{escape(one.recipe.inputs[role])}"):
+        yield (one := todo.pop())
+        roles = sorted(one.recipe.inputs, key=lambda role: role in stores.ROW_INPUTS)
+        for name in [one.recipe.inputs[role] for role in roles]:
+            for place in (
+                (store / "artifacts").glob(f"*/{escape(name)}") if name not in seen else ()
+            ):
                 with suppress(CatalogError):
-                    todo.append(Manifest.load(stores.home(place.parent.name, place)))
+                    todo.append(Manifest.load(place))
+            seen.add(name)
 
 
 def _sources(catalog: Catalog) -> tuple[dict[str, dict[str, str]], dict[int, str]]:

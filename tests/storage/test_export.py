@@ -23,6 +23,7 @@ from sos_dask.sky.healpix import ang2pix
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.objects import ObjectPath
 from tests.command_line import assert_error
+from tests.foreign import of_others, stars
 from tests.services import require
 from tests.skies import observations, write_catalog
 
@@ -153,6 +154,9 @@ def test_stilts_reads_what_the_catalog_contains(suffix, current, tmp_path):
         ["stilts", "tpipe", f"in={path}", f"out={out}", "ofmt=votable-tabledata"],
         check=True, capture_output=True,
     )  # fmt: skip
+    if suffix == "vot":
+        lint = subprocess.run(["stilts", "votlint", str(path)], capture_output=True, check=True)
+        assert (lint.stdout, lint.stderr) == (b"", b"")
     table = whole(catalog)
     assert pc.max(table["gaia_dr3_source_id"]).as_py() > 10**18
     assert table["gaia_dr3_source_id"].null_count > 50
@@ -343,10 +347,20 @@ def test_dictionary_and_citation(current, tmp_path):
     assert (tmp_path / "cite.bib").read_text().count("@misc{") == 4
 
 
-def test_a_catalog_of_another_program_or_outside_of_a_store(sky, tmp_path):
-    files = {"citation": tmp_path / "cite.txt", "dictionary": tmp_path / "d.md"}
-    api.export(sky, tmp_path / "out.fits", **files)
-    assert "test.observations" in files["citation"].read_text()
+def test_a_catalog_of_another_program(tmp_path):
+    rows = stars().append_column("small", pa.array([7] * 500, pa.uint8()))
+    other = of_others(
+        tmp_path / "other", rows, suffix="/", files=2, bib_reference="2000A&A...1....1X"
+    )
+    files = {"citation": tmp_path / "cite.bib", "dictionary": tmp_path / "d.md"}
+    api.export(other, tmp_path / "out.fits", columns=["star_id", "ra", "small"], **files)
+    found = read(tmp_path / "out.fits")
+    expected = rows.sort_by("star_id")
+    found.sort("star_id")
+    assert list(found["star_id"]) == expected["star_id"].to_pylist()
+    assert list(found["ra"]) == expected["ra"].to_pylist()
+    assert set(found["small"]) == {7}
+    assert "2000A\\&A...1....1X" in files["citation"].read_text()
 
 
 def test_objects(sky, prefix, tmp_path):

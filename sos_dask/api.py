@@ -41,6 +41,7 @@ from sos_dask.stages.train import Train, TrainSettings
 from sos_dask.stages.uncertainty import Uncertainty, UncertaintySettings
 from sos_dask.stages.unify import Unify, UnifySettings
 from sos_dask.stars.group import DedupeSettings
+from sos_dask.storage import export as _export
 from sos_dask.storage import store as _store
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
@@ -151,6 +152,7 @@ coverage = _step(Coverage)
 crossmatch = _step(Crossmatch)
 dedupe = _step(Dedupe)
 evidence = _step(Evidence)
+export = _public(_export.export)
 gc = _public(_store.gc)
 ingest = _public(_ingest.ingest)
 margin = _step(Margin)
@@ -171,8 +173,7 @@ __all__ = [
     "CoverageSettings", "CrossmatchSettings", "DedupeSettings", "IngestSettings", "Job",
     "MarginSettings", "ReferenceSettings", "SkySettings", "Survey", "TrainSettings",
     "TrendSettings", "UncertaintySettings", "UnifySettings", "apply", "attach", "builtin_surveys",
-    "compare", "coverage",
-    "crossmatch", "dedupe", "evidence", "gc", "ingest", "load_job", "load_survey",
-    "margin", "plan", "rebuild", "reference", "simulate", "start", "status", "train", "trends",
-    "uncertainty", "unify", "verify",
+    "compare", "coverage", "crossmatch", "dedupe", "evidence", "export", "gc", "ingest", "load_job",
+    "load_survey", "margin", "plan", "rebuild", "reference", "simulate", "start", "status", "train",
+    "trends", "uncertainty", "unify", "verify",
 ]  # fmt: skip

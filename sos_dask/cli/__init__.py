@@ -43,6 +43,7 @@ _GROUPS = {
     "Single steps, in their order": (
         *(steps.simulate, steps.ingest, steps.attach, steps.dedupe),
         *(steps.reference, steps.crossmatch, steps.train, steps.apply, steps.unify),
+        steps.export,
     ),
     "Look and check": (
         *(views.compare, views.trends, views.uncertainty, views.coverage),

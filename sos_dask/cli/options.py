@@ -54,6 +54,14 @@ _TEXTS = {
         "Pairs, a model trained on them, the catalog to score and its stars; without: the current "
         "build of the store."),
     "demo.store": ("DIRECTORY", "Folder that gets everything."),
+    "export.citation": ("FILE", "Also write product, build, surveys and papers: .txt or .bib."),
+    "export.columns": ("NAME,NAME", "Only these columns, in this order."),
+    "export.dictionary": ("FILE",
+        "Also write a data dictionary (.md, .csv or .json): type, unit, UCD, meaning, range, nulls "
+        "and bits of every column."),
+    "export.file": ("--out -o FILE",
+        "File that gets the table: .fits, .vot, .csv, .ecsv or .parquet."),
+    "export.overwrite": ("", "Replace files that exist."),
     "errors": ("DIRECTORY", "Product 'uncertainty' of a build with this model: errors are added."),
     "fallback": ("MODEL",
         "With --coverage, what the correction fades to: the directory of a polynomial model; none: "
@@ -118,6 +126,8 @@ _TEXTS = {
     "unify.stars": ("--stars NAME=DIRECTORY",
         "Stars of a survey, whose repeats tell how far its stated errors are wrong."),
     "verify.catalogs": ("", "Directories of outputs; of a store or build: all in it."),
+    "where": ("CONDITION",
+        "Only rows that pass, like \"teff > 4000 and flag_sos & 23 == 0 and class == 'STAR'\"."),
     "workers": ("--workers -w N",
         "Worker processes; 0: none, all in this process. Default: one per core."),
     "yes": ("", "Do not ask."),

@@ -47,6 +47,7 @@ from sos_dask.stages.ingest import Ingest
 from sos_dask.stages.reference import Reference
 from sos_dask.stages.train import LOCAL_PAIRS, Train, asks_workers, metrics_of
 from sos_dask.stages.unify import Unify
+from sos_dask.storage import export as files
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.objects import as_path, followed, on_disk
 from sos_dask.surveys.definition import load_survey
@@ -273,6 +274,23 @@ def apply(
     [inputs["observations"]] = open_catalogs([catalog], key, "obs_id")
     given = {role: one for role, one in inputs.items() if one is not None}
     return Apply(given, options.settings(fallback=fallback))
+
+
+@command()
+def export(
+    catalog: Path, *, file: Path, columns: Name = None, where: str = "", dictionary: Place = None,
+    citation: Place = None, overwrite: bool = False,
+) -> Shown:  # fmt: skip
+    """Write a catalog to one file: FITS, VOTable, CSV, ECSV or Parquet, by the end of its name.
+
+    Example: sos-dask export store/current/lamost.corrected -o lamost.fits --where "snr > 50"
+    """
+    chosen: Any = {"columns": columns.split(",") if columns else (), "where": where}
+    chosen |= {"dictionary": dictionary, "citation": citation, "overwrite": overwrite}
+    with reporting() as report:
+        made = files.export(Catalog.open(catalog), file, report=report, **chosen)
+    yield made
+    say(f"{file}: {made['rows']:,} rows, {len(made['columns'])} columns, {made['bytes']:,} bytes")
 
 
 # --- whole rebuilds -----------------------------------------------------------------------------

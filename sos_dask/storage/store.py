@@ -60,7 +60,7 @@ _TIMES = 20  # that others may be first to let ``current`` name their build
 DIGESTS_FILE = "digests.json"
 _MARGIN = "margin"
 # Input whose rows a stage takes: the first of these roles that its recipe has.
-_ROW_INPUTS = ("observations", "catalog", "target", "target.0", "pairs")
+ROW_INPUTS = ("observations", "catalog", "target", "target.0", "pairs")
 
 
 @dataclass(frozen=True)
@@ -504,7 +504,7 @@ def _account_problems(root: Path, manifest: Manifest) -> Iterator[str]:
     n_rejected = of.get(REJECTED, 0)
     if stage == "ingest" and n_rejected != rows.rejected:
         yield f"the account has {rows.rejected} rejected, {REJECTED} {n_rejected}"
-    roles = [role for role in _ROW_INPUTS if role in inputs][:1]
+    roles = [role for role in ROW_INPUTS if role in inputs][:1]
     if stage in ("reference", "report"):  # all surveys; no rows at all
         roles = list(inputs) if stage == "reference" else []
     store = next((p for p in root.resolve().parents if p.name == "artifacts"), None)

@@ -238,6 +238,9 @@ class Survey(Settings):
     columns: dict[str, SourceColumn] = Field(description="canonical columns")
     extra: dict[str, ExtraColumn] = Field({}, exclude=True, description="further native columns")
     reference: str = Field("", exclude=True, description="where it is described")
+    citation: Annotated[tuple[Annotated[str, Field(pattern=r"^\d{4}\S{15}$")], ...], _Lax] = Field(
+        (), exclude=True, description="bibcodes of the papers to cite"
+    )
     hdu: int | None = Field(None, ge=1, description="which table of a FITS file or VOTable, from 1")
     # Their columns are named EXTNAME.COLUMN; all have as many rows, and the same ids.
     beside: _Texts = Field((), description="further tables of a FITS file, row by row, by EXTNAME")

@@ -90,8 +90,8 @@ COMMANDS = sorted(
 def test_the_commands_are_these():
     assert COMMANDS == [
         "apply", "attach", "builds", "compare", "coverage", "crossmatch", "dedupe", "demo", "diff",
-        "gc", "ingest", "publish", "rebuild", "reference", "report", "rollback", "simulate",
-        "status", "surveys", "train", "trends", "uncertainty", "verify",
+        "export", "gc", "ingest", "publish", "rebuild", "reference", "report", "rollback",
+        "simulate", "status", "surveys", "train", "trends", "uncertainty", "verify",
     ]  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def test_the_commands_are_these():
     assert COMMANDS == [
         "apply", "attach", "builds", "compare", "coverage", "crossmatch", "dedupe", "demo", "diff",
         "export", "gc", "ingest", "publish", "rebuild", "reference", "report", "rollback",
-        "simulate", "status", "surveys", "train", "trends", "uncertainty", "verify",
+        "simulate", "status", "surveys", "train", "trends", "uncertainty", "unify", "verify",
     ]  # fmt: skip
 
 

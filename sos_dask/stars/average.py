@@ -183,28 +183,28 @@ def floors(
     excess: dict[tuple[int, int], tuple[float, float]] = {}  # and its weight
     correlation = np.eye(len(surveys))
     for i, j in combinations(range(len(surveys)), 2):
-        both = np.flatnonzero(np.isfinite(value[:, [i, j]]).all(axis=1))
-        both = both[np.isfinite(error[both][:, [i, j]]).all(axis=1)][:_MOST_COMPARED]
+        both = np.flatnonzero(np.isfinite(value[:, [i, j]]).all(axis=1))[:_MOST_COMPARED]
         if len(both) < MIN_COMMON:
             continue
         difference = np.asarray(value[both, i] - value[both, j], dtype=np.float64)
-        stated = np.asarray(error[both, i], np.float64) ** 2 + error[both, j] ** 2
-        offset = float(np.median(difference))
+        offset, spread = float(np.median(difference)), scatter(difference)
+        one = {"survey": surveys[i], "other": surveys[j], "n": len(both), "offset": offset}
+        found.append({**one, "scatter": spread})
+        errors = np.asarray(error[both][:, [i, j]], dtype=np.float64)
+        stated, difference = (errors**2).sum(axis=1), difference - offset
         # Wrong rows, which are no error of the others, would make it too wide.
-        right = np.abs(difference - offset) < _CLIP * np.sqrt(stated + scatter(difference) ** 2)
-        difference, stated = difference[right], stated[right]
-        spread = scatter(difference)
+        right = np.abs(difference) < _CLIP * np.sqrt(stated + spread**2)
+        if np.count_nonzero(right) < MIN_COMMON:
+            continue
+        difference, stated, errors = difference[right], stated[right], errors[right]
+        surplus = _excess(difference, stated)
         # A scatter of n numbers is known to 1.17 / sqrt(n) of it, its square to twice that.
-        weight = len(both) ** 0.5 / spread**2
-        surplus = _excess(difference - offset, stated)
-        excess[i, j] = max(surplus, 0.0), weight
-        product = np.median(np.abs(error[both][right][:, [i, j]]).prod(axis=1, dtype=np.float64))
-        together = min(max(-surplus, 0.0) / (2 * product), _MOST_CORRELATED)
-        correlation[i, j] = correlation[j, i] = together
-        names = {"survey": surveys[i], "other": surveys[j]}
+        excess[i, j] = max(surplus, 0.0), len(difference) ** 0.5 / scatter(difference) ** 2
         width = scatter(difference / np.sqrt(stated))
-        of_both = {"n": len(both), "offset": offset, "scatter": spread, "width": width}
-        found.append({**names, **of_both, "correlation": float(together)})
+        if width < 1 - 2 * 1.17 / len(difference) ** 0.5:
+            together = -surplus / (2 * np.median(errors.prod(axis=1)))
+            correlation[i, j] = correlation[j, i] = min(together, _MOST_CORRELATED)
+        found[-1] |= {"width": width, "correlation": float(correlation[i, j])}
     floor = _shared(excess, len(surveys))
     return (
         floor,

@@ -98,8 +98,12 @@ def matched(one, other):
 
 
 @pytest.fixture(scope="module")
-def tables(real_data_2, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("real")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("real")
+
+
+@pytest.fixture(scope="module")
+def tables(real_data_2, folder):
     files = {
         "mrs": ("lamost-dr11-mrs", "lamost_mrs_clusters.csv", MRS),
         "lrs": ("lamost-dr11-lrs", "lamost_lrs_clusters.csv", LRS),
@@ -214,3 +218,24 @@ def test_ids_of_gaia_dr1_are_no_canonical_column(real_data_2, tmp_path):
     assert [name for name in found if name.endswith("source_id")] == ["tgas_source_id"]
     assert np.count_nonzero(np.isfinite(found["rv"])) == 1096
     assert np.nanmax(found["rv_err"]) == pytest.approx(100.98)
+
+
+def test_three_surveys_of_one_cluster(tables, folder, tmp_path):
+    rows = {"gaia": "gaia-dr3-rvs", "mrs": "lamost-dr11-mrs", "lrs": "lamost-dr11-lrs"}
+    settings = api.UnifySettings(labels=("teff", "logg", "feh", "rv"), order=tuple(rows))
+    given = {name: folder / path for name, path in rows.items()}
+    made = api.unify(given, tmp_path / "sos", settings)
+    assert made.rows.n_in == 4784 + 555 + 691 == made.rows.n_out + made.rows.dropped["merged"]
+    told = {(x["label"], x["survey"], x.get("other")): x for x in made.summary["errors"]}
+    # Counted by hand, on all stars in common: the cuts leave less here.
+    for other, offset, n in (("lrs", 4.06, 111), ("mrs", 0.59, 210)):
+        rv = told["rv", "gaia", other]
+        assert abs(rv["offset"] - offset) < 2 * 1.25 * rv["scatter"] / rv["n"] ** 0.5
+        assert n / 2 < rv["n"] < n
+    for survey, others, hat in (("gaia", "mrs lrs", 1.7), ("mrs", "gaia lrs", 1.8),
+                                ("lrs", "gaia mrs", 2.9)):  # fmt: skip
+        found = told["rv", survey, others]
+        assert found["low"] < hat < found["high"] and found["negative"] == (found["low"] < 0)
+    # Stated errors of labels are too small by about 2, those of velocities right.
+    widths = [told[label, "mrs", "lrs"]["width"] for label in ("teff", "logg", "feh", "rv")]
+    np.testing.assert_allclose(widths, [2.1, 1.9, 2.2, 1.0], rtol=0.25)

@@ -74,6 +74,15 @@ class TargetSection(SurveySection):
     corrections: list[str] | None = Field(None, min_length=1)
 
 
+class ValidateSection(SurveySection):
+    """A list of stars that must agree: a survey of its own, whose labels are the truth.
+
+    ``group``: column (of [extra.NAME]) that names a group, whose members agree.
+    """
+
+    group: str | None = None
+
+
 class IngestSection(IngestSettings):
     """How survey files become partitions."""
 
@@ -215,6 +224,7 @@ class Job(Settings):
     attach: dict[str, AttachSection] = Field(default_factory=dict)
     coverage: CoverageSection = Field(default_factory=CoverageSection)
     unify: UnifySettings | None = None
+    validation: dict[str, ValidateSection] = Field(default_factory=dict)
     projection: ProjectionSettings | None = None
     generalisation: GeneralisationSettings | None = None
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
@@ -238,6 +248,9 @@ class Job(Settings):
         named |= {f"attach.{name}": name for name in self.attach}
         named |= {f"corrections.{name}": name for name in self.corrections}
         named |= {f"targets.{name}": name for name in self.targets}
+        named |= {f"validation.{name}": name for name in self.validation}
+        if self.validation and self.unify is None:
+            raise ValueError("[validation.*] looks at the unified catalog: add a table [unify]")
         if self.target_name is not None:
             named["target_name"] = self.target_name
         for key, name in named.items():
@@ -245,7 +258,7 @@ class Job(Settings):
                 raise ValueError(f"{key}: '{name}' is not a name: {NAME_RULE}")
         if self.target is None and (not self.targets or self.target_name is not None):
             raise ValueError("there is no table [target], or [targets.NAME] for several surveys")
-        for name in filter(None, [self.target_name, *self.targets]):
+        for name in filter(None, [self.target_name, *self.targets, *self.validation]):
             if name in self.reference or (name == self.target_name and name in self.targets):
                 raise ValueError(f"two surveys are named '{name}'")
         for target in filter(None, [self.target, *self.targets.values()]):

@@ -22,7 +22,14 @@ from sos_dask import corrections
 from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.evidence.figures import check_rule
 from sos_dask.problem import BUILT_IN, DEFAULT, SNR, Label, Problem, input_of
-from sos_dask.rebuild.job import AttachSection, CorrectionSection, Job, SurveySection, TargetSection
+from sos_dask.rebuild.job import (
+    AttachSection,
+    CorrectionSection,
+    Job,
+    SurveySection,
+    TargetSection,
+    ValidateSection,
+)
 from sos_dask.run.cluster import Cluster, Report
 from sos_dask.run.machine import n_cores
 from sos_dask.schema import CANONICAL, Column, is_gaia_id, nearest
@@ -44,6 +51,7 @@ from sos_dask.stages.sample import Sample
 from sos_dask.stages.train import Generalisation, Train
 from sos_dask.stages.uncertainty import Uncertainty
 from sos_dask.stages.unify import Unify
+from sos_dask.stages.validate import Validate
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import WORK, Manifest, Recipe, canonical_json, sha256_of_file
@@ -163,6 +171,9 @@ def steps(job: Job) -> list[Step]:
     if job.unify is not None:
         of_surveys |= {f"rows.{name}": f"{name}.observations" for name in job.reference}
         made += _unify_steps(job, asked, union.order, of_surveys, stars)
+        labels = made[-2].settings.labels  # type: ignore[attr-defined]
+        for name, given in job.validation.items():
+            made += _validate_steps(job, name, given, labels, of_surveys)
     names = [step.product for step in made]
     for name in names:
         if names.count(name) > 1:
@@ -406,6 +417,21 @@ def _unify_steps(
     yield Step("sos", Unify, settings, {**rows, **stars, "reference": "reference"})
     same = {name: value for name, value in dict(settings).items() if name in _OF_MEMBERS}
     yield Step("sos.members", MembersStage, MembersStage.Settings(**same), rows)
+
+
+def _validate_steps(
+    job: Job, name: str, given: ValidateSection, labels: tuple[str, ...], rows: Mapping[str, str]
+) -> Iterator[Step]:
+    """List the steps that look at the stars of a list."""
+    with _key(job, f"validation.{name}"):
+        survey = _definition(job, given)
+    yield _ingest_step(job, f"{name}.list", survey, given.files)
+    settings = _own(job, Crossmatch, job.crossmatch).but(labels=(), inputs=())
+    inputs = {"target": f"{name}.list", "reference": "sos"}
+    yield Step(f"{name}.stars-of-list", Crossmatch, settings, inputs)
+    inputs = {"list": f"{name}.list", "pairs": f"{name}.stars-of-list", "sos": "sos", **rows}
+    how = Validate.Settings(labels=labels, group=given.group)
+    yield Step(f"{name}.validation", Validate, how, inputs)
 
 
 def _model_steps(job: Job, one: _Correction, target: str) -> Iterator[Step]:

@@ -138,7 +138,8 @@ def merged_pulls(parts: Sequence[Sequence[int]]) -> list[Factor]:
     -------
     list of Factor
         Of each label: all pulls, then giants and dwarfs, each also in bins of S/N that are joined
-        until they have `MIN_PULLS`; only those with pulls, but always that of all.
+        until they have `MIN_PULLS`; only those with pulls, but of the first three always that of
+        all.
     """
     counts = np.zeros(_SHAPE, dtype=np.int64)
     for part in parts:
@@ -146,7 +147,10 @@ def merged_pulls(parts: Sequence[Sequence[int]]) -> list[Factor]:
         counts.ravel()[place] += count
     found = []
     for label, of_label in zip(MEASURED, counts, strict=True):
-        found.append(_factor(of_label[..., :-1].sum(axis=(0, 1)), label, "all"))
+        whole = _factor(of_label[..., :-1].sum(axis=(0, 1)), label, "all")
+        if not whole.n and label not in LABELS:
+            continue
+        found.append(whole)
         for kind, of_kind in zip(KINDS, of_label, strict=True):
             some = [_factor(of_kind[:, :-1].sum(axis=0), label, kind)]
             some += _by_snr(of_kind[:_NO_SNR], label, kind)

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from astropy.io import fits
 
-from sos_dask.errors import ConfigError
+from sos_dask.errors import ConfigError, SosError
 from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.rebuild.plan import Plan, steps
@@ -135,3 +136,66 @@ def test_a_target_goes_without_corrections_of_labels_that_it_lacks(halves, small
     wrong = text.replace('corrections = ["labels"]', 'corrections = ["rv"]')
     with pytest.raises(ConfigError, match="no measured column 'rv'"):
         steps(load_job(job_of(halves, small_sky, wrong)))
+
+
+LIST = """format = 1
+name = "list"
+title = "Stars that are known"
+position_epoch = 2000.0
+[columns]
+obs_id = { source = "id" }
+ra = { source = "ra" }
+dec = { source = "dec" }
+teff = { source = "teff" }
+[extra.cluster]
+source = "cluster"
+dtype = "string"
+"""
+
+
+def test_stars_that_are_known_are_compared(halves, small_sky):
+    store = halves / "store"
+    if not store.exists():
+        rebuild(load_job(job_of(halves, small_sky)))
+    truth = pq.read_table(small_sky / "truth.parquet").to_pylist()
+    teff = {one["obs_id"]: one["teff"] for one in truth if one["survey"] == "lamost"}
+    observed = rows_of((store / "current/north.observations").resolve()).to_pylist()
+    rows = [one for one in observed if str(one["obs_id"]) in teff][:400]
+    with (halves / "list.csv").open("w") as file:
+        print("id,ra,dec,teff,cluster", file=file)
+        for number, one in enumerate(rows):
+            place = f"{one['ra']!r},{one['dec']!r}"
+            print(f"{number},{place},{teff[str(one['obs_id'])]},c{number % 3}", file=file)
+        print("9999,1.0,89.99,5000,c1", file=file)
+    (halves / "list.toml").write_text(LIST)
+    more = '[validation.known]\nsurvey = "list.toml"\nfiles = ["list.csv"]\ngroup = "cluster"\n'
+    made = rebuild(load_job(job_of(halves, small_sky, TWO + more)))
+    directory = made.path / "known.validation"
+    manifest = Manifest.load(directory)
+    assert manifest.rows.dropped == {"not in the unified catalog": 1}
+    found = pq.read_table(directory / "validation.parquet").to_pylist()
+    known = {(x["label"], x["survey"], x["group"]): x for x in found}
+    north = known["teff", "north", "c0"]
+    assert north["is_truth"] and 30 < north["n"] < 200
+    assert abs(north["median_before"]) > 20 > abs(north["median_after"])
+    both = known["teff", "all", "all"]
+    assert both["scatter_after"] < both["scatter_before"]
+    assert not known["feh", "all", "c1"]["is_truth"]
+    [of_teff] = [one for one in manifest.summary["groups"] if one["label"] == "teff"]
+    assert of_teff["groups"] == 3 and of_teff["scatter_fell"] >= 2
+    assert of_teff["survey_spread_after"] < of_teff["survey_spread_before"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ('[validation.known]\nsurvey = "list.toml"\nfiles = ["x"]\ngroup = "gone"\n', "x does not"),
+        ('[validation.apogee]\nsurvey = "list.toml"\nfiles = ["x"]\n', "two surveys are named"),
+    ],
+)
+def test_wrong_lists_are_refused(halves, small_sky, more, says):
+    (halves / "list.toml").write_text(LIST)
+    with pytest.raises(SosError, match=says):
+        Plan(load_job(job_of(halves, small_sky, TWO + more)))
+    with pytest.raises(ConfigError, match=r"add a table \[unify\]"):
+        load_job(job_of(halves, small_sky, TWO.replace("[unify]\n", "") + more))

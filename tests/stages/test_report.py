@@ -41,6 +41,7 @@ from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import read_build
 from tests.job import contents
 from tests.report.made import UNITS, drawn
+from tests.services import require
 from tests.steps import generalisation, report
 
 FIGURES = {
@@ -389,7 +390,8 @@ def browser():
     names = ("chromium", "chromium-browser", "google-chrome")
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
-        pytest.skip("no Chromium or Chrome on the PATH to look at the page with")
+        require(names[0])
+    assert program is not None
 
     def run(page: Path, *options: str) -> tuple[str, str]:
         done = subprocess.run(

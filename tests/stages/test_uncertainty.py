@@ -147,8 +147,11 @@ def test_errors_of_the_reference_are_normalised_by_its_survey(build, tmp_path, m
 
 
 def test_factors_of_stated_errors_are_those_that_were_simulated(build):
-    """Stated / true error of dwarfs is 0.6 + 1.4 s / (s + 50) (`simulate.sky`)."""
+    """Stated / true error of dwarfs is 0.6 + 1.4 s / (s + 50), of rv 1.2 (`simulate`)."""
     factors = Manifest.load(build / "lamost.stars").summary["error_factors"]
+    [rv] = [one for one in factors if (one["label"], one["kind"]) == ("rv", "all")]
+    assert rv["low"] - 0.05 < 1 / 1.2 < rv["high"] + 0.05
+    factors = [one for one in factors if one["label"] != "rv"]
     dwarfs = [f for f in factors if f["kind"] == "dwarf" and f["mean_snr"]]
     for one in dwarfs:
         assert one["n"] > 100

@@ -1,24 +1,30 @@
 """How a rebuild scales: ``python -m tests.bench.scaling --out DIR``.
 
-Seconds of every stage with one and with two workers, on the same simulated sky, and the efficiency:
-wall seconds of one, over twice those of two. ``--partitions 1000,10000`` measures the memory of
-scheduler and driver instead, each a process of its own, in steps over as many small partitions.
+Rebuilds the same simulated sky with one and with two workers. The efficiency of a stage is the time
+with one over twice the time with two, where time is the CPU seconds of the driver and those of its
+busiest worker: on a machine that others use, too, wall seconds say nothing. ``--partitions
+1000,10000`` measures the memory of scheduler and driver instead, each a process of its own, in
+steps over as many small partitions.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
+import math
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.store import costs, read_build
 from tests.apart import apart
 from tests.bench.measure import SOS, Usage, measure, table, tail
-from tests.job import DEFAULT_PARTITIONS, methods, write_job
+from tests.job import DEFAULT_PARTITIONS, WITH_REPORT, methods, write_job
 
 
 def ran(out: Path, *words: object) -> Usage:
@@ -29,32 +35,70 @@ def ran(out: Path, *words: object) -> Usage:
     return used
 
 
-def of_stages(store: Path) -> dict[str, tuple[float, float]]:
-    """Wall and CPU seconds of every stage of the current build, driver and workers together."""
-    products, known = read_build(store / "current")["products"], costs(store)
-    return {name: (known[made]["wall_s"], known[made]["cpu_s"]) for name, made in products.items()}
+@dataclass
+class Watched:
+    """CPU seconds of every process of a rebuild, seen again and again."""
+
+    driver: int
+    seen: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+
+    def look(self) -> None:
+        """Note what each has used by now."""
+        with suppress(psutil.Error):
+            root, now = psutil.Process(self.driver), {}
+            for one in (root, *root.children(recursive=True)):
+                with suppress(psutil.Error):
+                    now[one.pid] = sum(one.cpu_times()[:2])
+            self.seen.append((time.time(), now))
+
+    def used(self, begin: float, end: float) -> tuple[float, float]:
+        """CPU seconds of the driver, and of the busiest other process, between two times."""
+        first = max((one for one in self.seen if one[0] <= begin), key=lambda one: one[0])[1]
+        last = min((one for one in self.seen if one[0] >= end), key=lambda one: one[0])[1]
+        spent = {pid: last[pid] - first.get(pid, 0.0) for pid in last}
+        return spent.pop(self.driver), max(spent.values(), default=0.0)
 
 
-def efficiency(out: Path, rows: int, times: int) -> Iterator[str]:
-    """Rebuild with one and with two workers, in turn; the least of each."""
+def stages(out: Path, job: Path, n_workers: int) -> dict[str, tuple[float, float, float]]:
+    """Rebuild; wall seconds, CPU seconds of the driver and of the busiest worker, of each stage."""
+    store = out / f"store-{n_workers}"
+    command = [SOS, "rebuild", str(job), "--store", str(store), "-w", str(n_workers)]
+    with (out / "log").open("w") as log:
+        process = psutil.Popen(command, stdout=log, stderr=log)
+    watched = Watched(process.pid)
+    while process.poll() is None:
+        watched.look()
+        time.sleep(0.1)
+    if process.returncode:
+        raise SystemExit(tail(out / "log"))
+    watched.seen.append((math.inf, watched.seen[-1][1]))
+    [events] = (store / "logs").iterdir()
+    began: dict[str, float] = {}
+    found = {}
+    for event in map(json.loads, events.read_text().splitlines()):
+        at = datetime.datetime.fromisoformat(event["time"]).timestamp()
+        if event["event"] == "begin":
+            began[event["product"]] = at
+        elif event["event"] == "done":
+            name = event["product"]
+            found[name] = (at - began[name], *watched.used(began[name], at))
+    return found
+
+
+def efficiency(out: Path, rows: int) -> Iterator[str]:
+    """Rebuild with one worker, and with two."""
     ran(out, "simulate", "--rows", rows, "-o", out / "sky")
-    job = write_job(out, out / "sky", DEFAULT_PARTITIONS, methods("polynomial", "boosted"))
-    found: dict[int, list[dict[str, tuple[float, float]]]] = {1: [], 2: []}
-    for number in range(times):
-        for n_workers in found:
-            store = out / f"store-{n_workers}-{number}"
-            used = ran(out, "rebuild", job, "--store", store, "-w", n_workers)
-            found[n_workers].append({**of_stages(store), "all": (used.wall_s, used.cpu_s)})
-            yield (f"{n_workers} workers: {used.wall_s:.0f} s, {used.cpu_s:.0f} CPU-s; the rest of "
-                   f"the machine {used.other_cpu_s:.0f} CPU-s\n")  # fmt: skip
+    trained = methods("polynomial", "boosted")
+    job = write_job(out, out / "sky", DEFAULT_PARTITIONS, trained, WITH_REPORT)
+    one, two = stages(out, job, 1), stages(out, job, 2)
+    for found in (one, two):
+        found["all"] = tuple(map(sum, zip(*found.values(), strict=True)))  # type: ignore[assignment]
     lines = []
-    for name in found[1][0]:
-        one, two = (min(each[name][0] for each in found[n]) for n in found)
-        cpu = (min(each[name][1] for each in found[n]) for n in found)
-        seconds = (f"{x:.1f}" for x in (one, two, *cpu))
-        lines.append((name, *seconds, f"{one / two / 2:.2f}"))
-    columns = "stage, >1 worker: s, >2 workers: s, >1: CPU-s, >2: CPU-s, >efficiency"
-    yield from table(f"{rows:,} rows: {columns}", lines)
+    for name, (wall, *cpu) in one.items():
+        seconds = (f"{x:.1f}" for x in (wall, two[name][0], *cpu, *two[name][1:]))
+        lines.append((name, *seconds, f"{sum(cpu) / sum(two[name][1:]) / 2:.2f}"))
+    columns = f"{rows:,} rows, >1 worker: s, >2 workers: s, >1: driver CPU-s, >worker CPU-s"
+    yield from table(f"{columns}, >2: driver CPU-s, >busiest worker CPU-s, >efficiency", lines)
 
 
 def peaks(out: Path, file: Path, scheduler: int, *words: object) -> tuple[float, float, float]:
@@ -103,7 +147,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.scaling", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="new folder of all that is made")
     parser.add_argument("--rows", type=int, help="LAMOST rows (4,000,000; for memory 200,000)")
-    parser.add_argument("--times", type=int, default=1, help="rebuilds of each (%(default)s)")
     parser.add_argument("--partitions", help="numbers of partitions, about")
     given = parser.parse_args()
     given.out.mkdir(parents=True)
@@ -112,7 +155,7 @@ def main() -> None:
         wanted = [int(n) for n in given.partitions.split(",")]
         lines = memory(out, given.rows or 200_000, wanted)
     else:
-        lines = efficiency(out, given.rows or 4_000_000, given.times)
+        lines = efficiency(out, given.rows or 4_000_000)
     for line in lines:
         print(line, flush=True)
 

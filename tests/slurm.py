@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import secrets
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.apart import ROOT
 from tests.services import require
 
 _CONF = """
@@ -90,6 +92,17 @@ class Slurm:
                 return states
             assert time.monotonic() < deadline, states
             time.sleep(0.2)
+
+
+def array_script(folder: Path, n: int) -> Path:
+    """Write `jobs/apply-array.sbatch` as one of n shards."""
+    text = (ROOT / "jobs/apply-array.sbatch").read_text()
+    wide = re.search(r"--array=1-(\d+)$", text, re.MULTILINE)
+    assert wide and f"\nN={wide[1]}\n" in text
+    text = text.replace(f"--array=1-{wide[1]}", f"--array=1-{n}")
+    script = folder / "array.sbatch"
+    script.write_text(text.replace(f"\nN={wide[1]}\n", f"\nN={n}\n"))
+    return script
 
 
 def _free_ports(n: int) -> int:

@@ -1,7 +1,6 @@
 """What jobs/ has for a batch system, run by a real one; workers that are its jobs."""
 
 import os
-import re
 import shutil
 import sys
 import threading
@@ -20,7 +19,7 @@ from sos_dask.run.kinds import SETTINGS, nested
 from sos_dask.stages.apply import Apply
 from tests.apart import ROOT
 from tests.job import contents
-from tests.slurm import Slurm, slurm
+from tests.slurm import Slurm, array_script, slurm
 
 pytestmark = pytest.mark.services
 JOBS = ROOT / "jobs"
@@ -134,15 +133,11 @@ def test_a_rebuild_in_one_allocation(batch: Slurm, small_sky, expected, tmp_path
 def test_an_array_of_which_one_task_is_lost(batch: Slurm, expected, tmp_path):
     current = expected / "current"
     given = [current / "lamost.model.polynomial", current / "lamost.observations"]
-    script = (JOBS / "apply-array.sbatch").read_text()
-    wide = re.search(r"--array=1-(\d+)$", script, re.MULTILINE)
-    assert wide and f"\nN={wide[1]}\n" in script
-    script = script.replace(f"--array=1-{wide[1]}", "--array=1-3").replace("N=16", "N=3")
-    (tmp_path / "array.sbatch").write_text(script)
-    first = ["--array=1,3", "--mem=1G", tmp_path / "array.sbatch", *given, "out"]
+    script = array_script(tmp_path, 3)
+    first = ["--array=1,3", "--mem=1G", script, *given, "out"]
     assert set(batch.finish(batch.submit(*first, cwd=tmp_path)).values()) == {"COMPLETED 0:0"}
     assert not (tmp_path / "out/manifest.json").exists()
-    second = ["--array=2", "--mem=1G", tmp_path / "array.sbatch", *given, "out"]
+    second = ["--array=2", "--mem=1G", script, *given, "out"]
     assert batch.finish(batch.submit(*second, cwd=tmp_path)) == {"2": "COMPLETED 0:0"}
     Apply({"model": given[0], "observations": given[1]}).run(tmp_path / "whole", cluster=None)
     one, whole = contents(tmp_path / "out/dataset"), contents(tmp_path / "whole/dataset")

@@ -1,4 +1,4 @@
-"""Processes killed and frozen at random moments of rebuilds; all must end with the same bytes.
+"""Faults at random moments of rebuilds, most of them kills; all must end with the same bytes.
 
 ``python -m tests.bench.kills --out DIR`` prints a table of faults and outcomes; 1 where a run hung,
 ended in an unknown way, or left other bytes than a run with two workers that nobody disturbs.
@@ -32,8 +32,26 @@ LIMIT_S = 900.0
 STAGES = ("ingest", "dedupe", "reference", "crossmatch", "train", "apply")
 _MAIN = [sys.executable, "-c", "from sos_dask.cli import main; main()"]
 _ENDS = {
-    0: "done", 8: "exit 8, named", -signal.SIGKILL: "killed",
+    0: "done", 8: "exit 8, named", 9: "exit 9, named", -signal.SIGKILL: "killed",
 }  # fmt: skip
+_NO_JUMP = 1_000_000
+# Stands before the C library of a process: its clock is off by what the size of a file says.
+_CLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <time.h>
+int clock_gettime(clockid_t id, struct timespec *at) {
+  static int (*real)(clockid_t, struct timespec *);
+  struct stat file;
+  if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+  int code = real(id, at);
+  if (id == CLOCK_REALTIME && !stat(getenv("CLOCK_JUMP"), &file))
+    at->tv_sec += file.st_size - 1000000;
+  return code;
+}
+"""
 
 
 @dataclass
@@ -66,19 +84,21 @@ class Place:
     rows: int
     random: random.Random
     expected: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
 
     def prepare(self) -> None:
         simulate(SkySettings(n_lamost=self.rows), self.out / "smoke-sky")
         text = (ROOT / "jobs/smoke.toml").read_text().replace('"../smoke-sky"', '"smoke-sky"')
-        (self.out / "job.toml").write_text(text)
+        (self.out / "job.toml").write_text(f"{text}\n[space]\ncheck = false\n")
         code, _ = self.run(self.out / "undisturbed", "-w", "2")
         assert code == 0, (self.out / "log").read_text()[-2000:]
         self.expected = contents(self.out / "undisturbed/artifacts")
 
-    def begin(self, store: Path, *options: str) -> subprocess.Popen:
+    def begin(self, store: Path, *options: str, log: str = "log") -> subprocess.Popen:
         command = [*_MAIN, "rebuild", str(self.out / "job.toml"), "--store", str(store), *options]
-        with (self.out / "log").open("w") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, cwd=self.out)
+        env = os.environ | self.env
+        with (self.out / log).open("w") as out:
+            return subprocess.Popen(command, stdout=out, stderr=out, cwd=self.out, env=env)
 
     def run(
         self,
@@ -102,8 +122,8 @@ class Place:
         """Note how a run ended; True where it is done, and its store compared."""
         code, printed = ran
         end = _ENDS.get(code, f"exit {code}")
-        if code == 8 and "\nerror: " not in f"\n{printed}":
-            end = "exit 8 without a word"
+        if code in (8, 9) and "\nerror: " not in f"\n{printed}":
+            end = f"exit {code} without a word"
         trial.ends[end] += 1
         trial.longest_s = max(trial.longest_s, time.monotonic() - began)
         lines = re.findall(r"^(?:error: .*|worker .* given up)$", printed, re.MULTILINE)
@@ -246,6 +266,57 @@ def of_memory(place: Place, n: int, trial: Trial) -> None:
     place.book(trial, store, place.run(store, "-w", "2", "--memory-limit", "2GiB"), began)
 
 
+def of_disk(place: Place, n: int, trial: Trial) -> None:
+    """Fill the disk again and again, with a little more room each time."""
+    disk = place.out / "disk"
+    disk.mkdir()
+    needed = sum(path.stat().st_size for path in (place.out / "undisturbed").rglob("*.*"))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
+    try:
+        for share in (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 4.0):
+            size = f"remount,size={int(share * needed)}"
+            subprocess.run(["mount", "-o", size, disk], check=True)
+            began = time.monotonic()
+            done = place.book(trial, disk / "store", place.run(disk / "store", "-w", "2"), began)
+            trial.n_faults += not done
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def of_clock(place: Place, n: int, trial: Trial) -> None:
+    """Put the clock of driver and workers hours forward and back while they run."""
+    library, file = place.out / "clock.so", place.out / "jump"
+    compiler = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+    subprocess.run(compiler, input=_CLOCK, text=True, check=True)
+    place.env = {"LD_PRELOAD": str(library), "CLOCK_JUMP": str(file)}
+
+    def jump() -> bool:
+        file.touch()
+        os.truncate(file, _NO_JUMP + place.random.randint(-36_000, 36_000))
+        return True
+
+    while trial.n_faults < n:
+        store, began = place.out / "store", time.monotonic()
+        strike = now_and_then(place, 2.0, jump, n, trial)
+        place.book(trial, store, place.run(store, "-w", "2", strike=strike), began)
+    show = [sys.executable, "-c", "import time; print(time.time())"]
+    shown = subprocess.check_output(show, env=os.environ | place.env)
+    assert abs(float(shown) - time.time() + _NO_JUMP - file.stat().st_size) < 5
+    place.env = {}
+
+
+def of_two(place: Place, n: int, trial: Trial) -> None:
+    """Run two rebuilds of one store at once, without its lock."""
+    for _ in range(max(n // 5, 1)):
+        store, began = place.out / "store", time.monotonic()
+        other = place.begin(store, "-w", "1", "--no-lock", log="other")
+        ran = place.run(store, "-w", "1", "--no-lock")
+        code = other.wait(LIMIT_S)
+        trial.ends[_ENDS.get(code, f"exit {code}")] += 1
+        trial.n_faults += 1
+        place.book(trial, store, ran, began)
+
+
 TRIALS: dict[str, tuple[str, Callable[[Place, int, Trial], None]]] = {
     "slurm": ("`scancel` of a worker's job", of_slurm),
     "worker": ("SIGKILL of a worker", of_worker),
@@ -253,6 +324,9 @@ TRIALS: dict[str, tuple[str, Callable[[Place, int, Trial], None]]] = {
     "driver": ("SIGKILL of the driver; run again", of_driver),
     "stop": ("SIGSTOP of a worker in each stage", of_stop),
     "memory": ("workers of 180 MiB; run again with 2 GiB", of_memory),
+    "disk": ("the disk is full; run again with more room", of_disk),
+    "clock": ("the clock jumps up to 10 hours", of_clock),
+    "two": ("two rebuilds at once, `--no-lock`", of_two),
 }
 
 

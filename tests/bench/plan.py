@@ -1,9 +1,10 @@
 """What a rebuild of any size would take: tasks, files, bytes, memory, and which limit comes next.
 
-``python -m tests.bench.plan --rows 19e6,1e8,2e9 --workers 2,64 [--bench OUT/bench.json]``
+``python -m tests.bench.plan --rows 19e6,1e8,2e9 --workers 2,64 [--store STORE]``
 
-The sizes of rows and the CPU time of a row are measured (`Measured`, or a ``bench.json``); the
-formulas are those of the code. The reference grows with the target, as 1.7 to 19 million.
+The sizes of rows and the CPU time of a row are measured (`Measured`, a ``bench.json``, or the last
+build of a store); the formulas are those of the code. The reference grows with the target, as 1.7
+to 19 million. A stage uses no more workers than it has tasks, but for training, which has none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from sos_dask.storage.manifest import Manifest
+from sos_dask.storage.store import costs, read_build
 from tests.bench.measure import table
 
 GIB = float(1 << 30)
@@ -28,6 +31,7 @@ REPEATS = 0.45
 MOST_PAIRS = 1_000_000
 IN_FLIGHT_PER_WORKER = 4
 LARGE_ROWS = 5_000_000
+REPORT_S = 20.0  # of its figures, whatever the rows
 
 
 @dataclass(frozen=True)
@@ -244,7 +248,7 @@ def plan(rows: float, m: Measured) -> list[StagePlan]:
             6 * parts,
             rows * 20 / 1e9,
             0.0,
-            rows * m.cpu_report / 1e6 + 3 * each * parts + 20.0,
+            rows * m.cpu_report / 1e6 + 3 * each * parts + REPORT_S,
             0.0,
         )
     )
@@ -292,13 +296,17 @@ def _overlaps(tasks: int, parts: int, m: Measured) -> float:
     return tasks * parts * m.overlap / 1e6
 
 
+def wall_s(stages: Sequence[StagePlan], workers: int) -> float:
+    """Wall seconds of all stages, one after the other."""
+    return sum(s.cpu_s / min(workers, s.tasks or workers) + s.driver_s for s in stages)
+
+
 def limits(stages: Sequence[StagePlan], rows: float, workers: int, m: Measured) -> list[str]:
     """What binds, the worst first: shares of the wall time and of memory in words."""
-    cpu = sum(stage.cpu_s for stage in stages)
     serial = sum(stage.driver_s for stage in stages)
     chunks, parts = max(1, round(rows / CHUNK_ROWS)), _partitions(rows, m)
     ranges = int(rows // KEYS_PER_RANGE) + 1
-    wall = cpu / workers + serial
+    wall = wall_s(stages, workers)
     slowest = max(stages, key=lambda stage: stage.driver_s)
     syncs = sum(s.files + s.scratch_files for s in stages) * m.sync / 1e6 / workers
     driver, worker = (
@@ -367,6 +375,33 @@ def measured(entries: Sequence[Mapping[str, Any]]) -> Measured:
     return replace(Measured(), **known)
 
 
+def of_store(store: Path) -> Measured:
+    """Take CPU seconds of rows and pairs from the last build of a store, that of LAMOST."""
+    products, known = read_build(store / "current")["products"], costs(store)
+    rows = {name: Manifest.load(store / "current" / name).rows for name in products}
+    n_used = rows["lamost.evidence"].n_out
+
+    def of(n: int, *names: str) -> float:
+        return 1e6 * sum(known[products[name]]["cpu_s"] for name in names) / n
+
+    n_rows = rows["lamost.observations"].n_in
+    found = {
+        "cpu_ingest": of(n_rows, "lamost.observations"),
+        "cpu_dedupe": of(n_rows, "lamost.stars"),
+        "cpu_reference": of(rows["reference"].n_out, "reference"),
+        "cpu_crossmatch": of(rows["lamost.stars"].n_out, "lamost.pairs"),
+        "cpu_tree_pair": of(n_used, *(name for name in products if ".model." in name)),
+        "cpu_evidence_pair": of(n_used, "lamost.evidence", "lamost.comparison", "lamost.trends"),
+        "cpu_errors_pair": of(n_used, "lamost.uncertainty"),
+        "cpu_coverage": of(n_rows, "lamost.coverage"),
+        "cpu_apply": of(n_rows, "lamost.corrected"),
+        "pairs_per_row": n_used / n_rows,
+    }
+    if "report" in products:
+        found["cpu_report"] = max(of(n_rows, "report") - 1e6 * REPORT_S / n_rows, 0.0)
+    return replace(Measured(), **found)
+
+
 def report(rows: float, workers: int, m: Measured) -> Iterator[str]:
     """A Markdown table and the limits."""
     stages = plan(rows, m)
@@ -382,7 +417,7 @@ def report(rows: float, workers: int, m: Measured) -> Iterator[str]:
     columns = "stage, >tasks, >files, >scratch files, >read GB, >written GB, >CPU-s, >driver s"
     yield from table(f"{columns}, >driver GiB, >worker GiB", lines)
     yield ""
-    wall = total[5] / workers + total[6]
+    wall = wall_s(stages, workers)
     memory = scheduler_mib(workers, m)
     yield f"About {wall / 3600:,.2f} h; scheduler {memory:,.0f} MiB. What binds first:"
     yield ""
@@ -400,8 +435,10 @@ def main() -> None:
     parser.add_argument("--rows", default="19e6,1e8,2e9", help="(%(default)s)")
     parser.add_argument("--workers", default="2,64", help="(%(default)s)")
     parser.add_argument("--bench", type=Path, help="a bench.json, instead of built-in figures")
+    parser.add_argument("--store", type=Path, help="the same of the last build of a store")
     given = parser.parse_args()
     m = measured(json.loads(given.bench.read_text())) if given.bench else Measured()
+    m = of_store(given.store) if given.store else m
     figures = ", ".join(f"{f.name} {getattr(m, f.name):.4g}" for f in fields(m))
     print(f"Measured: {figures}\n")
     for rows in given.rows.split(","):

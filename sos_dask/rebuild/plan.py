@@ -43,7 +43,7 @@ from sos_dask.stages.crossmatch import Crossmatch
 from sos_dask.stages.dedupe import Dedupe
 from sos_dask.stages.evidence import Evidence
 from sos_dask.stages.ingest import Ingest
-from sos_dask.stages.members import MembersSettings, MembersStage
+from sos_dask.stages.members import MembersStage
 from sos_dask.stages.projection import ProjectionStage
 from sos_dask.stages.reference import Reference
 from sos_dask.stages.report import ReportStage
@@ -67,7 +67,7 @@ from sos_dask.storage.store import (
 from sos_dask.surveys.definition import Survey, load_survey
 
 logger = logging.getLogger(__name__)
-_OF_MEMBERS = MembersSettings.model_fields
+_OF_MEMBERS = MembersStage.Settings.model_fields
 _PLACES = ("obs_id", "ra", "dec", "position_epoch")
 # What pairs, and the table of evidence made of them, call columns of their own.
 _OF_PAIRS = ("target_obs_id", "target_star_id", "reference_star_id", "separation_arcsec",
@@ -408,6 +408,12 @@ def _unify_steps(
         target: {name: f"flag_sos{one.suffix}" for one in of for name in one.problem.names}
         for target, of in asked.items()
     }
+    surveys = [name.removeprefix("rows.") for name in rows]
+    for key, names in (("order", job.unify.order), ("expected_error", job.unify.expected_error)):
+        for name in names:
+            if name not in surveys:
+                hint = nearest(name, surveys) or f"Surveys: {', '.join(surveys)}."
+                raise ConfigError(f"{job.path}: unify.{key} names '{name}', no survey of it", hint)
     given = job.unify.model_fields_set
     settings = job.unify.but(flags=flags, order=job.unify.order or (*order, *asked))
     if "labels" not in given:

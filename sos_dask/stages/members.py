@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import pyarrow as pa
-from pydantic import Field
 
 from sos_dask.schema import CANONICAL, HEALPIX, HEALPIX_COLUMN
 from sos_dask.sky.healpix import HealpixPixel
@@ -28,15 +26,7 @@ _SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
-class MembersSettings(UnitedSettings):
-    """How rows of several surveys become stars: as for the unified catalog."""
-
-    order: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        (), description="Surveys, the first gives place and name of a star; others follow by name."
-    )
-
-
-class MembersStage(United[MembersSettings]):
+class MembersStage(United[UnitedSettings]):
     """List the rows of all surveys, each with the ``star_id`` of its star in the unified catalog.
 
     With it any two products are joined: ``obs_id`` is ``<survey>:<obs_id>``, as in ``sources``.
@@ -44,14 +34,9 @@ class MembersStage(United[MembersSettings]):
 
     name = "members"
     version = 1
-    Settings = MembersSettings
+    Settings = UnitedSettings
     of_surveys = "rows"
     roles = (Role("rows", "Rows of a survey, by its name.", many=True),)
-
-    @property
-    def order(self) -> Sequence[str]:
-        """Surveys, the first gives place and name of a star; others follow by name."""
-        return self.settings.order
 
     def make(self, run: Run) -> Made:
         """Plan the partitions, and name the stars of the rows of each."""

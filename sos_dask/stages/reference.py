@@ -47,11 +47,6 @@ class Reference(United[ReferenceSettings]):
     of_surveys = "stars"
     union: UnionSettings
 
-    @property
-    def order(self) -> Sequence[str]:
-        """Surveys, the preferred first; others follow by name."""
-        return self.settings.order
-
     def check(self) -> None:
         """Refuse catalogs that lack a column, and offsets of one that they do not have."""
         for name, catalog in self.surveys().items():

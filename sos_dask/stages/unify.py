@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
 from types import MappingProxyType
 from typing import Any
@@ -20,8 +21,7 @@ from sos_dask.problem import ColumnName
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, LABELS
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.base import Made, Role, Run, by_pixel, partition_record
-from sos_dask.stages.members import MembersSettings
-from sos_dask.stages.united import United, together, with_key
+from sos_dask.stages.united import United, UnitedSettings, together, with_key
 from sos_dask.stars.average import (
     MIN_COMMON,
     Average,
@@ -29,6 +29,7 @@ from sos_dask.stars.average import (
     average,
     floors,
     improbable,
+    some_of,
     survey_means,
 )
 from sos_dask.stars.group import GAIA_IDS
@@ -39,6 +40,7 @@ from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest, Rows
 
+logger = logging.getLogger(__name__)
 GOOD, UNCOVERED, FAILS = range(3)  # grades of rows
 FLAG_FAILS, FLAG_UNCOVERED, FLAG_DISAGREE, FLAG_REJECTED, FLAG_VARIABLE = 1, 2, 4, 8, 16
 MEANINGS = {
@@ -55,7 +57,7 @@ _MOST_HATS = 20_000  # stars of a three-cornered hat
 _MOST_COMMON = 5_000_000  # rows from which on stars in common are drawn
 
 
-class UnifySettings(MembersSettings):
+class UnifySettings(UnitedSettings):
     """How surveys become one catalog."""
 
     labels: tuple[ColumnName, ...] = Field(
@@ -63,8 +65,8 @@ class UnifySettings(MembersSettings):
     )
     flags: Mapping[str, Mapping[str, str]] = Field(
         {},
-        description="By survey and label: column of its flags; default flag_sos. Of these surveys "
-        "no label counts that is not corrected.",
+        description="By survey and label: column of its flags; default flag_sos_<label>, or else "
+        "flag_sos. Of these surveys no label counts that is not corrected.",
     )
     expected_error: Mapping[str, Mapping[str, float]] = Field(
         {}, description="By survey and label: error where none is stated; default: the survey's."
@@ -94,11 +96,6 @@ class Unify(United[UnifySettings]):
     together: Mapping[str, FloatArray] = MappingProxyType({})
 
     @property
-    def order(self) -> Sequence[str]:
-        """Surveys, the first gives place and name of a star; others follow by name."""
-        return self.settings.order
-
-    @property
     def names(self) -> list[str]:
         """Surveys in their order."""
         return in_order(self.surveys(), self.settings.order)
@@ -106,8 +103,12 @@ class Unify(United[UnifySettings]):
     def check(self) -> None:
         """Refuse catalogs that lack a column, or a label that none has."""
         surveys = self.surveys()
-        for catalog in surveys.values():
-            catalog.require("ra", "dec", HEALPIX_COLUMN, "quality")
+        for survey, catalog in surveys.items():
+            names = catalog.schema.names
+            corrected = [one for one in self.settings.labels if f"{one}_sos" in names]
+            flags = [self._flags(survey, one, names) for one in corrected]
+            errors = [f"{one}_sos_err" for one in corrected]
+            catalog.require("ra", "dec", HEALPIX_COLUMN, "quality", *flags, *errors)
         for label in self.settings.labels:
             if not any({label, f"{label}_sos"} & set(one.schema.names) for one in surveys.values()):
                 raise CatalogError(f"no survey has the label '{label}'", "Leave it out of labels.")
@@ -138,6 +139,11 @@ class Unify(United[UnifySettings]):
                 value, error = (_matrix(sample, label, kind) for kind in ("value", "error"))
                 self.floor[label], self.together[label], found = floors(value, error, self.names)
                 told += [{"label": label, **one} for one in [*found, *self._hats(value)]]
+        compared = {one[x] for one in told if "offset" in one for x in ("survey", "other")}
+        for name in self.names if len(self.names) > 1 else ():
+            if name not in compared:
+                text = "%s has fewer than %d good stars in common with any other survey: nothing "
+                logger.warning(text + "tells whether it is on their scale", name, MIN_COMMON)
         done = run.parts("stars", parts, self.stars_of_pixel, "unify")
         nobody = {
             survey: self.as_read(
@@ -163,7 +169,8 @@ class Unify(United[UnifySettings]):
     def _hats(self, value: FloatArray) -> Iterator[dict[str, Any]]:
         """Errors of three surveys by the three-cornered hat, for every three with common stars."""
         for three in combinations(range(len(self.names)), 3):
-            columns = value[np.isfinite(value[:, three]).all(axis=1)][:_MOST_HATS, three].T
+            rows = some_of(np.flatnonzero(np.isfinite(value[:, three]).all(axis=1)), _MOST_HATS)
+            columns = value[rows][:, three].T
             if columns.shape[1] < MIN_COMMON:
                 continue
             names = [self.names[one] for one in three]
@@ -178,11 +185,13 @@ class Unify(United[UnifySettings]):
         names = [HEALPIX_COLUMN, *_OF_STARS, *MOTION, "quality", "snr", "logg"]
         for label in self.settings.labels:
             names += [label, f"{label}_err", f"{label}_sos", f"{label}_sos_err"]
-            names += [self._flags(survey, label) for survey in self.names]
+            names += [f"flag_sos_{label}", "flag_sos"]
+            names += [of[label] for of in self.settings.flags.values() if label in of]
         return list(dict.fromkeys(names))
 
-    def _flags(self, survey: str, label: str) -> str:
-        return self.settings.flags.get(survey, {}).get(label, "flag_sos")
+    def _flags(self, survey: str, label: str, names: Collection[str]) -> str:
+        own = f"flag_sos_{label}" if f"flag_sos_{label}" in names else "flag_sos"
+        return self.settings.flags.get(survey, {}).get(label, own)
 
     def as_read(self, survey: str, table: pa.Table) -> pa.Table:
         """Rows of a survey with value, error and grade of each label."""
@@ -194,7 +203,8 @@ class Unify(United[UnifySettings]):
         for label in self.settings.labels:
             if f"{label}_sos" in names:
                 value, error = (floats_or_nan(table, f"{label}_{x}") for x in ("sos", "sos_err"))
-                uncovered = table[self._flags(survey, label)].to_numpy() & correct.NOT_COVERED != 0
+                flags = table[self._flags(survey, label, names)].to_numpy()
+                uncovered = flags & correct.NOT_COVERED != 0
             elif label in names and survey not in self.settings.flags:
                 value = floats_or_nan(table, label) - self.offsets.get(survey, {}).get(label, 0.0)
                 error = floats_or_nan(table, f"{label}_err")

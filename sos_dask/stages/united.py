@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +30,11 @@ _HISTOGRAM_ORDER = 8
 
 
 class UnitedSettings(Radii):
-    """Where rows of several surveys are compared, and how the sky is cut."""
+    """How rows of several surveys become stars, and how the sky is cut."""
 
+    order: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="Surveys, the first gives place and name of a star; others follow by name."
+    )
     epoch: float = Field(
         2016.0,
         ge=YEARS[0],
@@ -45,19 +48,11 @@ U = TypeVar("U", bound=UnitedSettings)
 
 
 class United(Stage[U]):
-    """A stage that makes stars of the rows of several surveys, which are inputs of one role.
-
-    ``order``: surveys, the preferred first; others follow by name.
-    """
+    """A stage that makes stars of the rows of several surveys, which are inputs of one role."""
 
     of_surveys: ClassVar[str]
     """The role of the surveys' catalogs."""
     motion_arcsec = 0.0
-
-    @property
-    def order(self) -> Sequence[str]:
-        """Surveys, the preferred first; others follow by name."""
-        raise NotImplementedError
 
     def surveys(self) -> dict[str, Catalog]:
         """Catalogs by survey."""
@@ -116,7 +111,7 @@ class United(Stage[U]):
             return table, in_ranges(table[HEALPIX_COLUMN].to_numpy(), [(pixel.first, pixel.stop)])
 
         reach = max(settings.radius_arcsec, settings.id_radius_arcsec) + self.motion_arcsec
-        ranks = partial(_ranks, order=self.order)
+        ranks = partial(_ranks, order=settings.order)
         return group_around(pixel, read, ranks, reach, settings, self.product)
 
     def members(self, pixel: HealpixPixel, columns: Sequence[str]) -> tuple[pa.Table, IntArray]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from sos_dask.columns import FloatArray, floats_or_nan
+from sos_dask.columns import FloatArray, IntArray, floats_or_nan
 from sos_dask.errors import CatalogError
 from sos_dask.problem import ColumnName
 from sos_dask.schema import LABELS
@@ -74,7 +74,9 @@ class Validate(Stage[ValidateSettings]):
             names = pc.fill_null(listed[self.settings.group].cast(pa.string()), "")
             group = names.to_numpy(zero_copy_only=False)
         star = pairs["reference_star_id"].combine_chunks()
-        of_star = {one: number for number, one in enumerate(star.to_pylist())}
+        of_star: dict[str, list[int]] = {}  # a star may be in the list several times
+        for number, one in enumerate(star.to_pylist()):
+            of_star.setdefault(one, []).append(number)
         found = [self._of_stars(star, of_star)]
         keys = found[0].pop("sources")
         found += [self._of_survey(survey, keys) for survey in self.many("rows")]
@@ -97,17 +99,17 @@ class Validate(Stage[ValidateSettings]):
             "groups": _summary(told),
         }
 
-    def _of_stars(self, star: pa.Array, of_star: dict[str, int]) -> dict[str, Any]:
-        """Averages of the stars, and the number of the list's star by the name of each row."""
+    def _of_stars(self, star: pa.Array, of_star: dict[str, list[int]]) -> dict[str, Any]:
+        """Averages of the stars, and the places in the list by the name of each row."""
         labels = self.settings.labels
         table = _read(self.catalog("sos"), ["star_id", "sources", *labels], star)
-        number = np.array([of_star[one] for one in table["star_id"].to_pylist()], dtype=np.int64)
-        sources = zip(number.tolist(), table["sources"].to_pylist(), strict=True)
-        keys = {key: one for one, text in sources for key in text.split(";")}
+        sources = zip(table["star_id"].to_pylist(), table["sources"].to_pylist(), strict=True)
+        keys = {key: of_star[one] for one, text in sources for key in text.split(";")}
+        number, table = _spread(table, [of_star[one] for one in table["star_id"].to_pylist()])
         values = {x: (None, floats_or_nan(table, x)) for x in labels if x in table.schema.names}
         return {"survey": ALL, "star": number, "sources": keys, **values}
 
-    def _of_survey(self, survey: str, keys: dict[str, int]) -> dict[str, Any]:
+    def _of_survey(self, survey: str, keys: dict[str, list[int]]) -> dict[str, Any]:
         """Native and corrected labels of the rows of a survey that pass its cuts."""
         catalog, start = self.catalog(f"rows.{survey}"), f"{survey}:"
         wanted = pa.array([x.removeprefix(start) for x in keys if x.startswith(start)], pa.string())
@@ -115,7 +117,7 @@ class Validate(Stage[ValidateSettings]):
         corrected = catalog.columns([f"{label}_sos" for label in known])
         table = _read(catalog, ["obs_id", "quality", *known, *corrected], wanted)
         table = table.filter(pc.equal(table["quality"], 0))
-        star = np.array([keys[start + x] for x in table["star_id"].to_pylist()], dtype=np.int64)
+        star, table = _spread(table, [keys[start + x] for x in table["star_id"].to_pylist()])
         values = {}
         for label in known:
             after = f"{label}_sos" if f"{label}_sos" in corrected else label
@@ -145,6 +147,13 @@ def _read(catalog: Catalog, names: list[str] | None = None, keys: pa.Array = Non
             table = table.filter(pc.is_in(table["star_id"], keys))
         tables.append(table)
     return pa.concat_tables(tables)
+
+
+def _spread(table: pa.Table, places: list[list[int]]) -> tuple[IntArray, pa.Table]:
+    """Rows of a table, each once for every place of its star in the list; and those places."""
+    rows = np.repeat(np.arange(len(places)), [len(one) for one in places])
+    flat = np.array([one for of_row in places for one in of_row], dtype=np.int64)
+    return flat, table.take(pa.array(rows, pa.int64()))
 
 
 def _less(found: dict[str, Any], label: str, truth: FloatArray) -> tuple[Any, ...]:

@@ -84,7 +84,6 @@ def survey_means(
     with np.errstate(divide="ignore", invalid="ignore"):
         weight = np.where(kept & (error > 0), error**-2.0, 0.0)
         total = np.bincount(group, weight, n_groups)
-        # Deviations from a row of the group: else a common large value would cost digits.
         mean = np.bincount(group, weight * np.where(kept, value, 0.0), n_groups) / total
         n_kept = np.bincount(group[kept], minlength=n_groups)
         plain = np.bincount(group[kept], value[kept], n_groups) / n_kept
@@ -117,8 +116,8 @@ def average(
     """Average the means of the surveys of each star.
 
     ``floor`` (s,): error that all rows of a survey share; ``correlation`` (s, s) of the errors of
-    two surveys. Of three surveys or more, one that is
-    farther than ``clip`` of its errors from their median is left out, as long as two are left.
+    two surveys. Of three surveys or more, one that is farther than ``clip`` of its errors from
+    their median is left out, as long as two are left.
     """
     value = means.value
     variance = means.error**2 + floor**2
@@ -183,7 +182,8 @@ def floors(
     excess: dict[tuple[int, int], tuple[float, float]] = {}  # and its weight
     correlation = np.eye(len(surveys))
     for i, j in combinations(range(len(surveys)), 2):
-        both = np.flatnonzero(np.isfinite(value[:, [i, j]]).all(axis=1))[:_MOST_COMPARED]
+        both = np.flatnonzero(np.isfinite(value[:, [i, j]]).all(axis=1))
+        both = some_of(both, _MOST_COMPARED)
         if len(both) < MIN_COMMON:
             continue
         difference = np.asarray(value[both, i] - value[both, j], dtype=np.float64)
@@ -206,12 +206,13 @@ def floors(
             correlation[i, j] = correlation[j, i] = min(together, _MOST_CORRELATED)
         found[-1] |= {"width": width, "correlation": float(correlation[i, j])}
     floor = _shared(excess, len(surveys))
-    return (
-        floor,
-        correlation,
-        found
-        + [{"survey": name, "floor": float(floor[number])} for number, name in enumerate(surveys)],
-    )
+    found += [{"survey": name, "floor": float(floor[i])} for i, name in enumerate(surveys)]
+    return floor, correlation, found
+
+
+def some_of(rows: IntArray, most: int) -> IntArray:
+    """Choose at most so many rows, from all of the sky."""
+    return rows[:: max(1, -(-len(rows) // most))]
 
 
 def _excess(difference: FloatArray, stated: FloatArray) -> float:

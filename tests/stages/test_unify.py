@@ -11,7 +11,7 @@ from sos_dask.api import unify
 from sos_dask.errors import CatalogError
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.sky.healpix import ang2pix
-from sos_dask.stages.members import MembersSettings, MembersStage
+from sos_dask.stages.members import MembersStage
 from sos_dask.stages.unify import (
     FLAG_DISAGREE,
     FLAG_FAILS,
@@ -74,7 +74,7 @@ def test_stars_are_those_of_one_call_of_the_kernel(tmp_path):
         assert (made.rows.n_in, made.rows.n_out) == (1200, len(expected))
         assert sum(found[size]["n_obs"].to_pylist()) == 1200
         members = MembersStage({f"rows.{x}": one for x, one in rows.items()},
-                               MembersSettings(rows_per_partition=size, **HOW))  # fmt: skip
+                               MembersStage.Settings(rows_per_partition=size, **HOW))  # fmt: skip
         members.run(tmp_path / f"members{size}")
         listed: dict[str, set[str]] = {}
         for row in rows_of(tmp_path / f"members{size}").to_pylist():
@@ -166,3 +166,17 @@ def test_a_label_that_no_survey_has_is_refused(two, tmp_path):
     with pytest.raises(CatalogError, match="no survey has the label 'mg_fe'"):
         unify(two, tmp_path / "sos", UnifySettings(labels=("mg_fe",)))
     assert not (tmp_path / "sos").exists()
+
+
+def test_each_label_has_its_own_flags_and_surveys_apart_are_said(two, tmp_path, caplog):
+    rows = {"star": [0, 5], "feh": [0.1, 0.2], "feh_err": [0.1, 0.1], "rv": [1.0, 2.0],
+            "rv_err": [0.1, 0.1], "flags": [16, 16]}  # fmt: skip
+    mine = rows_of(survey(tmp_path, 3, rows=rows, corrected=True).path)
+    own = pa.array([0] * len(mine), pa.int32())
+    catalog = write_catalog(mine.append_column("flag_sos_rv", own), tmp_path / "own")
+    unify({"own": catalog}, tmp_path / "sos", UnifySettings(labels=("feh", "rv")))
+    assert [one["flag_sos"] for one in stars_of(tmp_path / "sos")] == [FLAG_UNCOVERED] * 2
+    unify({"own": catalog}, tmp_path / "rv", UnifySettings(labels=("rv",)))
+    assert [one["flag_sos"] for one in stars_of(tmp_path / "rv")] == [0, 0]
+    unify({"own": catalog, "ref": two["ref"]}, tmp_path / "both", UnifySettings(labels=("rv",)))
+    assert "ref has fewer than 50 good stars in common" in caplog.text

@@ -122,6 +122,7 @@ _TEXTS = {
     "trends.method": ("NAME", "Only after this correction."),
     "unify.catalogs": ("",
         "Observations, or corrected rows, as NAME=DIRECTORY; the first survey names a star."),
+    "unify.label": ("", "A label to average; repeatable. Default: teff, logg, feh and rv."),
     "unify.reference": ("", "The united references: their zero points are taken off."),
     "unify.stars": ("--stars NAME=DIRECTORY",
         "Stars of a survey, whose repeats tell how far its stated errors are wrong."),

@@ -162,8 +162,8 @@ def reference(
 
 @command(Unify)
 def unify(
-    catalogs: list[str], *, stars: Names = None, reference: Path | None = None, key: Names = None,
-    options: Options,
+    catalogs: list[str], *, label: Names = None, stars: Names = None,
+    reference: Path | None = None, key: Names = None, options: Options,
 ) -> Stage[Any]:  # fmt: skip
     """Make one row a star of the rows of all surveys, with labels averaged.
 
@@ -174,7 +174,8 @@ def unify(
     inputs: dict[str, Any] = {f"rows.{x}": one for x, one in zip(paths, opened, strict=True)}
     inputs |= {f"stars.{name}": path for name, path in _by_survey(stars or []).items()}
     inputs |= {"reference": reference} if reference is not None else {}
-    return Unify(inputs, options.settings(order=tuple(paths)))
+    labels: Any = {"labels": tuple(label)} if label else {}
+    return Unify(inputs, options.settings(order=tuple(paths), **labels))
 
 
 def _by_survey(texts: list[str]) -> dict[str, str]:

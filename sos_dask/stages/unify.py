@@ -15,7 +15,7 @@ from pydantic import Field
 
 from sos_dask import correct
 from sos_dask.columns import FloatArray, IntArray, floats_or_nan, mixed
-from sos_dask.errors import CatalogError
+from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.evidence.trends import three_cornered_hat
 from sos_dask.problem import ColumnName
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, LABELS
@@ -37,7 +37,6 @@ from sos_dask.stars.match import MOTION
 from sos_dask.stars.repeats import normalisation
 from sos_dask.stars.union import Given, Members, in_order, leaders_of, star_columns, with_survey
 from sos_dask.storage.artifact import Output
-from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest, Rows
 
 logger = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class UnifySettings(UnitedSettings):
     flags: Mapping[str, Mapping[str, str]] = Field(
         {},
         description="By survey and label: column of its flags; default flag_sos_<label>, or else "
-        "flag_sos. Of these surveys no label counts that is not corrected.",
+        "flag_sos.",
     )
     expected_error: Mapping[str, Mapping[str, float]] = Field(
         {}, description="By survey and label: error where none is stated; default: the survey's."
@@ -79,8 +78,9 @@ class UnifySettings(UnitedSettings):
 class Unify(United[UnifySettings]):
     """Make one row a star of the rows of all surveys.
 
-    Corrected labels come with their own errors; others are taken less the zero point of their
-    survey (of ``reference``), with stated errors normalised by repeats (of ``stars``).
+    Corrected labels come with their own errors, and of a survey that has any no other label counts:
+    it is on no common scale. Labels of others are taken less the zero point of their survey (of
+    ``reference``), with stated errors normalised by repeats (of ``stars``).
     """
 
     name = "unify"
@@ -103,15 +103,26 @@ class Unify(United[UnifySettings]):
     def check(self) -> None:
         """Refuse catalogs that lack a column, or a label that none has."""
         surveys = self.surveys()
+        ends = [*map(_of, surveys), "err", "chi2", "n", "scatter"]
+        for one in surveys:
+            if ends.count(_of(one)) > 1:
+                what = f"columns of the survey '{one}' would have the names of others"
+                raise ConfigError(what, "Give it another name.")
         for survey, catalog in surveys.items():
             names = catalog.schema.names
             corrected = [one for one in self.settings.labels if f"{one}_sos" in names]
             flags = [self._flags(survey, one, names) for one in corrected]
             errors = [f"{one}_sos_err" for one in corrected]
             catalog.require("ra", "dec", HEALPIX_COLUMN, "quality", *flags, *errors)
+        self.targets = {*self.settings.flags} | {
+            survey
+            for survey, one in surveys.items()
+            if any(name.endswith("_sos") and name != "flag_sos" for name in one.schema.names)
+        }
         for label in self.settings.labels:
-            if not any({label, f"{label}_sos"} & set(one.schema.names) for one in surveys.values()):
-                raise CatalogError(f"no survey has the label '{label}'", "Leave it out of labels.")
+            if not any(self._gives(survey, label) for survey in surveys):
+                what = f"no survey has the label '{label}' on a common scale"
+                raise CatalogError(what, "Leave it out of the labels, or correct it.")
         self.factors = {
             name: Manifest.load(self.path(f"stars.{name}")).summary.get("error_factors", [])
             for name in self.many("stars")
@@ -189,6 +200,15 @@ class Unify(United[UnifySettings]):
             names += [of[label] for of in self.settings.flags.values() if label in of]
         return list(dict.fromkeys(names))
 
+    def _gives(self, survey: str, label: str) -> bool:
+        names = self.surveys()[survey].schema.names
+        return f"{label}_sos" in names or (label in names and survey not in self.targets)
+
+    def _unit(self, label: str, surveys: Collection[str]) -> str:
+        schema = self.surveys()[next(iter(surveys))].schema
+        item = schema.field(f"{label}_sos" if f"{label}_sos" in schema.names else label)
+        return str((item.metadata or {}).get(b"unit", b"").decode())
+
     def _flags(self, survey: str, label: str, names: Collection[str]) -> str:
         own = f"flag_sos_{label}" if f"flag_sos_{label}" in names else "flag_sos"
         return self.settings.flags.get(survey, {}).get(label, own)
@@ -205,7 +225,7 @@ class Unify(United[UnifySettings]):
                 value, error = (floats_or_nan(table, f"{label}_{x}") for x in ("sos", "sos_err"))
                 flags = table[self._flags(survey, label, names)].to_numpy()
                 uncovered = flags & correct.NOT_COVERED != 0
-            elif label in names and survey not in self.settings.flags:
+            elif label in names and survey not in self.targets:
                 value = floats_or_nan(table, label) - self.offsets.get(survey, {}).get(label, 0.0)
                 error = floats_or_nan(table, f"{label}_err")
                 error = np.where(error > 0, error, self.expected[survey].get(label, np.nan))
@@ -283,7 +303,8 @@ class Unify(United[UnifySettings]):
             flags |= rejected * np.int64(FLAG_REJECTED)
             if label == "rv":
                 columns += self._variation(stars, means, found, flags)
-            columns += _label_columns(label, means, found, names, self.surveys())
+            given = {one: at for at, one in enumerate(names) if self._gives(one, label)}
+            columns += _label_columns(label, means, found, given, self._unit(label, given))
         n_obs = np.bincount(stars.star, minlength=n_stars).astype(np.int32)
         told = {"description": "Rows of all surveys", "ucd": "meta.number"}
         columns.append((pa.field("n_obs", pa.int32(), False, told), pa.array(n_obs)))
@@ -351,16 +372,9 @@ class _Stars:
 
 
 def _label_columns(
-    label: str, means: Means, found: Average, names: Sequence[str], surveys: Mapping[str, Catalog]
+    label: str, means: Means, found: Average, given: Mapping[str, int], unit: str
 ) -> list[tuple[pa.Field, Any]]:
-    """Columns of a label: mean, error, agreement, and what each survey says."""
-    having = [
-        one.schema.field(x)
-        for one in surveys.values()
-        for x in (label, f"{label}_sos")
-        if x in one.schema.names
-    ]
-    unit = (having[0].metadata or {}).get(b"unit", b"").decode()
+    """Columns of a label: mean, error, agreement, and what each survey says that gives it."""
     ucd = CANONICAL[label].ucd if label in CANONICAL else ""
 
     def column(name: str, values: FloatArray, text: str, ucd: str = "") -> tuple[pa.Field, Any]:
@@ -380,14 +394,17 @@ def _label_columns(
     text = {"description": f"Surveys whose {label} counts", "ucd": "meta.number"}
     number = pa.array(found.n_surveys.astype(np.int32))
     columns.append((pa.field(f"{label}_n", pa.int32(), False, text), number))
-    for at, survey in enumerate(names):
-        name, catalog = survey.replace("-", "_"), surveys[survey]
-        if {label, f"{label}_sos"} & set(catalog.schema.names):
-            told = f"{label} of {survey} on the common scale"
-            columns.append(column(f"{label}_{name}", means.value[:, at], told, ucd))
-            error = means.error[:, at]
-            columns.append(column(f"{label}_err_{name}", error, "Error of that, alone", error_ucd))
+    for survey, at in given.items():
+        told = f"{label} of {survey} on the common scale"
+        columns.append(column(f"{label}_{_of(survey)}", means.value[:, at], told, ucd))
+        told = "Error of that, alone"
+        columns.append(column(f"{label}_err_{_of(survey)}", means.error[:, at], told, error_ucd))
     return columns
+
+
+def _of(survey: str) -> str:
+    """End of the names of a survey's own columns."""
+    return survey.replace("-", "_")
 
 
 def _matrix(sample: pa.Table, label: str, kind: str) -> FloatArray:

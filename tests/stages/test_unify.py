@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from sos_dask.api import unify
-from sos_dask.errors import CatalogError
+from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.sky.healpix import ang2pix
 from sos_dask.stages.members import MembersStage
@@ -163,7 +163,7 @@ def test_surveys_that_disagree_and_rows_that_fail(tmp_path):
 
 
 def test_a_label_that_no_survey_has_is_refused(two, tmp_path):
-    with pytest.raises(CatalogError, match="no survey has the label 'mg_fe'"):
+    with pytest.raises(CatalogError, match="no survey has the label 'mg_fe' on a common scale"):
         unify(two, tmp_path / "sos", UnifySettings(labels=("mg_fe",)))
     assert not (tmp_path / "sos").exists()
 
@@ -180,3 +180,21 @@ def test_each_label_has_its_own_flags_and_surveys_apart_are_said(two, tmp_path, 
     assert [one["flag_sos"] for one in stars_of(tmp_path / "rv")] == [0, 0]
     unify({"own": catalog, "ref": two["ref"]}, tmp_path / "both", UnifySettings(labels=("rv",)))
     assert "ref has fewer than 50 good stars in common" in caplog.text
+
+
+def test_what_is_not_corrected_of_a_target_does_not_count(two, tmp_path):
+    mine = rows_of(two["far"].path).drop_columns(["rv_sos", "rv_sos_err"])
+    for name in ("rv", "rv_err"):  # as the survey states them
+        mine = mine.append_column(name, pa.array([1.0] * len(mine), pa.float32()))
+    raw = write_catalog(mine, tmp_path / "raw")
+    unify({"ref": two["ref"], "raw": raw}, tmp_path / "sos", UnifySettings(labels=("feh", "rv")))
+    assert all(one["rv_n"] <= 1 and "rv_raw" not in one for one in stars_of(tmp_path / "sos"))
+    with pytest.raises(CatalogError, match="'rv' on a common scale"):
+        unify({"raw": raw}, tmp_path / "none", UnifySettings(labels=("feh", "rv")))
+
+
+@pytest.mark.parametrize("names", [("a-b", "a_b"), ("n", "ref")])
+def test_surveys_whose_columns_would_be_alike_are_refused(two, tmp_path, names):
+    given = dict(zip(names, two.values(), strict=True))
+    with pytest.raises(ConfigError, match="would have the names of others"):
+        unify(given, tmp_path / "sos", UnifySettings(labels=("feh",)))

@@ -30,7 +30,7 @@ from sos_dask.storage.store import stores_near
 # More threads than this wait for each other: Python itself runs in one at a time.
 _FEW_CORES = 4
 _ENDS = {"workers": (0, None), "threads": (1, None), "rows": (1000, 10**9), "seed": (0, 2**31 - 1)}
-_ENDS |= {"rave": (0, 10**9), "rvs": (0, 10**9)}
+_ENDS |= {"rave": (0, 10**9), "rvs": (0, 10**9), "clusters": (0, 10**6)}
 _ENDS |= {"days": (1, 36_500)}
 # By parameter, or by command and parameter: names (but for its own) and metavar, and what it does.
 _TEXTS = {
@@ -104,6 +104,8 @@ _TEXTS = {
     "rows": ("N", "Rows of LAMOST."),
     "rave": ("N", "Rows of RAVE DR6, of the same stars."),
     "rvs": ("N", "Rows of the radial velocities of Gaia DR3, of the same stars."),
+    "clusters": ("N", "Star clusters, whose stars share [Fe/H] and velocity."),
+    "binaries": ("SHARE", "Share of the stars whose radial velocity varies."),
     "sample": ("NAME", "test (held out) or train. Default: test; with --json both."),
     "scheduler": ("ADDRESS",
         "Address or scheduler file of a running Dask cluster, used instead of own workers."),

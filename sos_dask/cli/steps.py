@@ -61,8 +61,9 @@ _NO_ID = ("id_radius_arcsec",)
 
 @command()
 def simulate(
-    *, out: Path, rows: int = 200_000, rave: int = 0, rvs: int = 0, seed: int = 1,
-    sky: Names = None, no_bias: bool = False, overwrite: bool = False,
+    *, out: Path, rows: int = 200_000, rave: int = 0, rvs: int = 0, clusters: int = 0,
+    binaries: float = 0.0, seed: int = 1, sky: Names = None, no_bias: bool = False,
+    overwrite: bool = False,
 ) -> Shown:  # fmt: skip
     """Write a mock sky with known truth, as the surveys' own FITS tables.
 
@@ -77,7 +78,8 @@ def simulate(
             f"{there[0]} exists", "Choose another directory, or give --overwrite to replace it."
         )
     shapes: Any = tuple(sky or ())  # the settings check them
-    more: Any = {"n_rave": rave, "n_rvs": rvs, "seed": seed, "bias": not no_bias}
+    more: Any = {"n_rave": rave, "n_rvs": rvs, "n_clusters": clusters, "binaries": binaries}
+    more |= {"seed": seed, "bias": not no_bias}
     settings = module.SkySettings(n_lamost=rows, sky=shapes, **more)
     with reporting() as report:
         files = module.simulate(settings, out, report)

@@ -45,7 +45,7 @@ _FITS_BLOCK = 2880
 def sky_files(directory: Path) -> dict[str, Path]:
     """Files that `simulate` can write, by what it calls them."""
     paths = {survey.name: directory / f"{survey.name}.fits" for survey in ALL_SURVEYS.values()}
-    return paths | {name: directory / f"{name}.parquet" for name in ("gaia", "truth")}
+    return paths | {name: directory / f"{name}.parquet" for name in ("gaia", "truth", "members")}
 
 
 def simulate(settings: SkySettings, directory: Path, progress: Report = silent) -> dict[str, Path]:
@@ -69,7 +69,9 @@ def simulate(settings: SkySettings, directory: Path, progress: Report = silent) 
         about 2 % nulls in each column but the id and the position).
         ``truth``: one row for each row of these tables (Parquet), keyed by ``survey`` and
         ``obs_id``. Exact duplicates are in it once. Of a sky with shapes it tells of every row
-        whether the references avoid such stars (``is_avoided``), and ``bias_rv`` (km/s).
+        whether the references avoid such stars (``is_avoided``), and ``bias_rv`` (km/s); of one
+        with clusters or binaries ``cluster`` and ``rv_amplitude`` (km/s).
+        ``members``: Gaia id, place and cluster of the stars in clusters, where there are any.
 
     Raises
     ------
@@ -88,9 +90,12 @@ def simulate(settings: SkySettings, directory: Path, progress: Report = silent) 
         opened = stack.enter_context
         write = {of: opened(_fits_table(paths[by.name], of, plates)) for of, by in observed.items()}
         gaia, truth = (opened(_parquet_file(paths[name])) for name in ("gaia", "truth"))
+        members = opened(_parquet_file(paths["members"])) if settings.n_clusters else None
         for block in plates.blocks(BLOCK_STARS):
             made = _make_block(plates, block, settings)
             gaia(_gaia_table(made))
+            if members is not None:
+                members(_members_table(made.stars))
             truths = []
             for number, survey in observed.items():
                 visits = _visits(plates, block, made, number, settings)
@@ -105,9 +110,9 @@ def simulate(settings: SkySettings, directory: Path, progress: Report = silent) 
             plate = made.plate[table["star"].to_numpy() - made.stars.number[0]]
             truth(table.take(np.argsort(plate, kind="stable")))
     progress(SURVEYS[LAMOST].name, settings.n_lamost, settings.n_lamost)
-    for survey in ALL_SURVEYS.values():
-        if survey not in observed.values():
-            paths.pop(survey.name).unlink(missing_ok=True)  # of other stars
+    names = {survey.name for survey in ALL_SURVEYS.values() if survey not in observed.values()}
+    for name in names | ({"members"} if not settings.n_clusters else set()):
+        paths.pop(name).unlink(missing_ok=True)  # of other stars
     return paths
 
 
@@ -308,6 +313,12 @@ def _gaia_table(made: _Block) -> pa.Table:
     return _table("gaia", values, null).filter(pa.array(stars.gaia > 0))
 
 
+def _members_table(stars: Stars) -> pa.Table:
+    some = stars.take(np.flatnonzero((stars.cluster > 0) & (stars.gaia > 0)))
+    names = [f"cluster-{number}" for number in some.cluster.tolist()]
+    return _table("members", {"source_id": some.gaia, **vars(some), "cluster": names}, {})
+
+
 def _truth_table(visits: Visits, obs_id: NDArray[Any]) -> pa.Table:
     stars = visits.stars
     own = ("teff", "logg", "feh", "rv", "distance", "ebv")
@@ -319,6 +330,9 @@ def _truth_table(visits: Visits, obs_id: NDArray[Any]) -> pa.Table:
         **{f"bias_{label}": visits.bias[:, place] for place, label in enumerate(LABELS)},
     }  # fmt: skip
     table = _table("truth", values, {"gaia_source_id": stars.gaia == 0})
+    if visits.settings.n_clusters or visits.settings.binaries:
+        table = table.append_column("cluster", pa.array(stars.cluster))
+        table = table.append_column("rv_amplitude", pa.array(stars.amplitude))
     if not visits.settings.shapes:
         return table
     narrow = "narrow" in visits.settings.shapes

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
+from scipy.special import ndtri
 
-from sos_dask.columns import BoolArray, FloatArray, IntArray
+from sos_dask.columns import BoolArray, FloatArray, IntArray, mixed
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import ang2pix, propagate, unit_vectors
 
@@ -62,7 +63,10 @@ _APOGEE_IN_GALAH = 0.03  # of the APOGEE rows
 # Where the references end: hottest, coolest dwarfs and their lowest log g, most metal-poor.
 _ENDS, _NARROW_ENDS = (7900.0, 4100.0, 4.3, -2.7), (7500.0, 4600.0, 4.0, -2.4)
 _HOT_LIMIT, _COOL_LIMIT, *_ = _ENDS
-PLATE_STREAM, _CENTRE_STREAM = 1, 2
+PLATE_STREAM, _CENTRE_STREAM, _CLUSTER_STREAM, _BINARY_STREAM = range(1, 5)
+_CLUSTER_STARS = (25, 120)  # fewest and most; at most a third of the plate's
+_CLUSTER_RADIUS = 0.3  # deg
+_AMPLITUDE = (8.0, 0.9)  # of binaries: median, km/s, and scatter of its natural logarithm
 
 # From ICRS to Galactic coordinates: Hipparcos and Tycho catalogues, ESA SP-1200, vol. 1, 1.5.3.
 _TO_GALACTIC = np.array(
@@ -114,6 +118,12 @@ class SkySettings(Settings):
     )
     n_rave: int = Field(0, ge=0, description="RAVE rows, about, of stars of the others.")
     n_rvs: int = Field(0, ge=0, description="The same of the radial velocities of Gaia DR3.")
+    n_clusters: int = Field(
+        0, ge=0, description="Star clusters, in different plates of LAMOST as far as there are."
+    )
+    binaries: float = Field(
+        0.0, ge=0.0, le=0.5, description="Share of the stars whose radial velocity varies."
+    )
     repeat_fraction: float = Field(
         0.45, ge=0.0, le=0.8, description="Share of the LAMOST rows that observe a star again."
     )
@@ -196,6 +206,18 @@ def from_galactic(lon: FloatArray, lat: FloatArray) -> tuple[FloatArray, FloatAr
 # Plates
 
 
+class Cluster(NamedTuple):
+    """What the first ``n_stars`` of a plate share, of one distance in the middle of it."""
+
+    number: int  # from 1
+    n_stars: int
+    feh: float
+    rv: float  # km/s
+    distance: float  # pc
+    pmra: float  # mas/yr
+    pmdec: float
+
+
 @dataclass(frozen=True)
 class Plates:
     """Plates of all kinds in the order in which they are made; arrays of shape (n_plates,)."""
@@ -208,6 +230,7 @@ class Plates:
     first_star: IntArray  # number of the first star
     counts: dict[int, IntArray]  # by survey, (n_rounds, n_plates): stars seen once more
     n_rows: dict[int, int]  # of each survey, exact duplicates at the end included
+    clusters: dict[int, Cluster]  # by plate
 
     def first_rows(self, survey: int) -> IntArray:
         """First row of each plate in a survey's file, (n_rounds, n_plates): one round by one."""
@@ -267,6 +290,7 @@ def make_plates(settings: SkySettings) -> Plates:
         first = in_order(len(SPECIAL_STARS), np.concatenate(of_kinds))
         counts[survey] = np.stack([first, *_repeats(first, n_again[survey])])
     n_stars = in_order(len(SPECIAL_STARS), n_stars)
+    clusters = _clusters(settings, in_order(SPECIAL, kind) == LAMOST, n_stars)
     in_south = n_stars * (in_order(0.0, dec) < 5.0)
     for survey, n, weight in ((RAVE, settings.n_rave, in_south), (RVS, settings.n_rvs, n_stars)):
         if n:
@@ -277,8 +301,26 @@ def make_plates(settings: SkySettings) -> Plates:
             n_rows[survey] = int(counts[survey].sum())
     return Plates(
         in_order(SPECIAL, kind), in_order(0, number), in_order(0.0, ra), in_order(0.0, dec),
-        n_stars, np.cumsum(n_stars) - n_stars, counts, n_rows,
+        n_stars, np.cumsum(n_stars) - n_stars, counts, n_rows, clusters,
     )  # fmt: skip
+
+
+def _clusters(settings: SkySettings, of_lamost: BoolArray, n_stars: IntArray) -> dict[int, Cluster]:
+    """Clusters by the plate that each has for itself."""
+    rng = generator(settings.seed, _CLUSTER_STREAM)
+    plates = rng.permutation(np.flatnonzero(of_lamost))[: settings.n_clusters]
+    return {
+        int(plate): Cluster(
+            number,
+            min(int(rng.integers(*_CLUSTER_STARS)), int(n_stars[plate]) // 3),
+            feh=rng.uniform(-0.6, 0.3) if rng.random() < 0.85 else rng.uniform(-2.2, -0.6),
+            rv=30.0 * rng.normal(),
+            distance=float(np.exp(rng.uniform(*np.log([300.0, 2500.0])))),
+            pmra=4.0 * rng.normal(),
+            pmdec=4.0 * rng.normal(),
+        )
+        for number, plate in enumerate(plates, 1)
+    }
 
 
 def _place(kind: int, n_stars: int, seed: int) -> tuple[FloatArray, FloatArray, IntArray]:
@@ -373,6 +415,8 @@ class Stars:
     bp: FloatArray
     rp: FloatArray
     gaia: IntArray  # Gaia DR3 source id; 0 for the stars that are not in Gaia
+    cluster: IntArray  # 0 for stars of none
+    amplitude: FloatArray  # of the radial velocity, km/s; 0 for single stars
 
     def take(self, index: IntArray) -> Stars:
         """Rows by number, repeats allowed."""
@@ -407,7 +451,11 @@ def make_stars(
     number = plates.first_star[plate[0]] + np.arange(len(plate))
     kind, ra, dec = plates.kind[plate], plates.ra[plate], plates.dec[plate]
     special = kind == SPECIAL
-    teff, logg, feh, population = _labels(kind, u, normal, settings.uncovered)
+    shared = _shared(plates, plate)
+    cluster = shared["number"].astype(np.int64)
+    member = cluster > 0
+    of_cluster = np.where(member, shared["feh"], np.nan)
+    teff, logg, feh, population = _labels(kind, u, normal, settings.uncovered, of_cluster)
     if "narrow" in settings.shapes:
         _narrow(kind, teff, logg, feh)
     giant = logg < 3.5
@@ -423,7 +471,8 @@ def make_stars(
     wanted = np.maximum(wanted + _DEPTH_G[kind] * np.log(1.0 - u["magnitude"]), 8.3)
 
     angle = 2.0 * np.pi * u["angle"]
-    reach = 3600.0 * _PLATE_RADIUS[kind] * np.sqrt(u["radius"])
+    radius = np.where(member, _CLUSTER_RADIUS, _PLATE_RADIUS[kind])
+    reach = 3600.0 * radius * np.sqrt(u["radius"])
     east, north = reach * np.cos(angle), reach * np.sin(angle)
     ra, dec = propagate(ra, dec, east * 1000.0, north * 1000.0, 1.0)
     ra[special], dec[special] = SPECIAL_STARS[number[special], :2].T
@@ -433,6 +482,7 @@ def make_stars(
     distance = 10.0 ** (0.2 * (wanted - absolute + 5.0))
     ebv = _reddening(distance, sin_b, dust)
     distance = np.clip(10.0 ** (0.2 * (wanted - absolute - 2.7 * ebv + 5.0)), 8.0, 40000.0)
+    distance = np.where(member, shared["distance"], distance)
     ebv = _reddening(distance, sin_b, dust)
     g = absolute + 5.0 * np.log10(distance) - 5.0 + 2.7 * ebv
     # Unresolved companions make a tenth of the dwarfs brighter.
@@ -440,17 +490,42 @@ def make_stars(
     colour = 2.31 * 5040.0 / teff - 1.16 + 0.04 * feh + 1.3 * ebv
 
     to_pm = np.array([35.0, 65.0, 150.0])[population] * 1000.0 / (4.74 * distance)  # from km/s
-    pmra, pmdec = to_pm * normal["pmra"], to_pm * normal["pmdec"]
+    to_pm = np.where(member, 1000.0 / (4.74 * distance), to_pm)  # 1 km/s
+    pmra = shared["pmra"] + to_pm * normal["pmra"]
+    pmdec = shared["pmdec"] + to_pm * normal["pmdec"]
     pmra[special], pmdec[special] = SPECIAL_STARS[number[special], 2:].T
     # As in Gaia, the level-12 HEALPix cell is in the high bits; a bijection scrambles the rest.
     scrambled = (number * 25214903917 + 11) & ((1 << 35) - 1)
     gaia = (ang2pix(ra, dec, 12) << 35) | scrambled
+    rv = np.where(member, 1.0, np.where(population == 2, 150.0, 32.0)) * normal["rv"]
     return Stars(
         number, kind, ra, dec, pmra, pmdec, teff, logg, feh,
-        rv=np.where(population == 2, 150.0, 32.0) * normal["rv"],
-        distance=distance, ebv=ebv, g=g, bp=g + 0.42 * colour, rp=g - 0.58 * colour,
-        gaia=np.where((u["in_gaia"] < 0.015) & ~special, 0, gaia),
+        rv=shared["rv"] + rv, distance=distance, ebv=ebv,
+        g=g, bp=g + 0.42 * colour, rp=g - 0.58 * colour,
+        gaia=np.where((u["in_gaia"] < 0.015) & ~special, 0, gaia), cluster=cluster,
+        amplitude=_amplitudes(number, settings) * ~special,
     )  # fmt: skip
+
+
+def _shared(plates: Plates, plate: IntArray) -> dict[str, FloatArray]:
+    """What members of clusters share, by the names of `Cluster`; 0 for other stars."""
+    found = np.zeros((len(Cluster._fields), len(plate)))
+    for one in {*plates.clusters} & {*plate.tolist()}:
+        first, own = np.searchsorted(plate, one), plates.clusters[one]
+        found[:, first : first + own.n_stars] = np.array(own)[:, None]
+    return dict(zip(Cluster._fields, found, strict=True))
+
+
+def _amplitudes(number: IntArray, settings: SkySettings) -> FloatArray:
+    """Amplitudes of the velocities of binaries, by the number of the star alone."""
+    state = number.astype(np.uint64) << np.uint64(8) | np.uint64(_BINARY_STREAM)
+    draw = mixed(state ^ mixed(np.full(1, settings.seed, np.uint64))) / 2.0**64
+    median, width = _AMPLITUDE
+    if not settings.binaries:
+        return np.zeros(len(number))
+    chosen = draw < settings.binaries
+    normal = ndtri(np.where(chosen, draw / settings.binaries, 0.5))
+    return np.where(chosen, median * np.exp(width * np.clip(normal, -3.0, 3.0)), 0.0)
 
 
 def _reddening(distance: FloatArray, sin_b: FloatArray, dust: FloatArray) -> FloatArray:
@@ -460,9 +535,12 @@ def _reddening(distance: FloatArray, sin_b: FloatArray, dust: FloatArray) -> Flo
 
 
 def _labels(
-    kind: IntArray, u: Draws, normal: Draws, uncovered: float
+    kind: IntArray, u: Draws, normal: Draws, uncovered: float, of_cluster: FloatArray
 ) -> tuple[FloatArray, FloatArray, FloatArray, IntArray]:
-    """True Teff, log g, [Fe/H], and the population (0 thin, 1 thick disc, 2 halo)."""
+    """True Teff, log g, [Fe/H], and the population (0 thin, 1 thick disc, 2 halo).
+
+    ``of_cluster``: [Fe/H] of members of clusters, nan for others.
+    """
     extra = np.where(kind == LAMOST, uncovered, 0.0)
     cumulative = np.cumsum(_SHARES, axis=1)
     cumulative /= cumulative[:, -1:]
@@ -482,6 +560,7 @@ def _labels(
     feh = np.clip(feh, -2.65, 0.55)
     feh[poor] = -2.72 - 0.35 * np.abs(normal["feh"][poor])
     population[halo | poor] = 2
+    feh = np.where(np.isnan(of_cluster), feh, of_cluster)
 
     teff, logg = np.empty_like(feh), np.empty_like(feh)
     for index, name in enumerate(_COMPONENTS):

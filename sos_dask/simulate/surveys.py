@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sos_dask.columns import BoolArray, FloatArray, IntArray
+from sos_dask.columns import BoolArray, FloatArray, IntArray, mixed
 from sos_dask.schema import LABELS
 from sos_dask.simulate import shapes, sky
 from sos_dask.simulate.sky import APOGEE, GALAH, LAMOST, RAVE, RVS, Draws, SkySettings, Stars
@@ -289,7 +289,15 @@ class Visits:
         """Radial velocity and its error, km/s."""
         floor, slope = self.survey.rv_error
         error = np.hypot(floor, slope / self.snr)
-        return self.stars.rv + self.bias_rv + error * self.normal["rv"], error
+        orbit = self.stars.amplitude * np.sin(2.0 * np.pi * self._phase)
+        return self.stars.rv + orbit + self.bias_rv + error * self.normal["rv"], error
+
+    @property
+    def _phase(self) -> FloatArray:
+        """Phase of a binary, of this row of this survey: any, whatever is drawn of others."""
+        survey = [one.name for one in ALL_SURVEYS.values()].index(self.survey.name)
+        rows = self.row.astype(np.uint64) << np.uint64(8) | np.uint64(survey)
+        return mixed(rows ^ mixed(np.full(1, self.settings.seed, np.uint64))) / 2.0**64
 
     @property
     def bias_rv(self) -> FloatArray:

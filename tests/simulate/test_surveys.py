@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from astropy.io import fits
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -248,3 +249,29 @@ def test_a_sky_without_rave_leaves_none_of_other_stars(tmp_path):
     assert all(path.is_file() for path in written.values()) and len(written) == 7
     again = simulate(SkySettings(**SMALL, seed=2), folder)
     assert {path.name for path in folder.iterdir()} == {path.name for path in again.values()}
+
+
+def test_clusters_share_labels_and_binaries_vary(tmp_path):
+    given: dict[str, Any] = {"n_lamost": 12_000, "n_rvs": 3000, "seed": 3}
+    paths = simulate(SkySettings(**given, n_clusters=6, binaries=0.2), tmp_path / "some")
+    truth = pq.read_table(paths["truth"]).to_pandas()
+    rows = fits.getdata(paths["lamost"])
+    own = truth[truth["survey"] == "lamost"].sort_values("row")
+    members = own[own["cluster"] > 0].groupby("cluster")
+    assert len(members) == 6 and members.size().min() > 10
+    assert (members["feh"].nunique() == 1).all() and (members["rv"].std() < 1.6).all()
+    assert (members["distance"].nunique() == 1).all()
+    listed = pq.read_table(paths["members"]).to_pandas()
+    of_star = dict(zip(own["gaia_source_id"], own["cluster"], strict=True))
+    for star, name in zip(listed["source_id"], listed["cluster"], strict=True):
+        assert of_star.get(star, int(name.split("-")[1])) == int(name.split("-")[1])
+    varies = own["rv_amplitude"] > 0
+    assert 0.17 < varies[own["is_special"] == 0].mean() < 0.23
+    measured = rows["rv"][own["row"]]
+    off = np.where(measured > -9000, measured - own["rv"] + 4.9, np.nan)
+    strong = np.asarray(own["rv_amplitude"] > 15) & (rows["snrg"][own["row"]] > 40)
+    calm = ~np.asarray(varies) & (rows["snrg"][own["row"]] > 40)
+    assert np.nanstd(off[strong]) > 3 * np.nanstd(off[calm])
+    plain = simulate(SkySettings(**given), tmp_path / "none")
+    assert "members" not in plain
+    assert "cluster" not in pq.read_schema(plain["truth"]).names

@@ -67,7 +67,6 @@ from sos_dask.storage.store import (
 from sos_dask.surveys.definition import Survey, load_survey
 
 logger = logging.getLogger(__name__)
-_OF_MEMBERS = MembersStage.Settings.model_fields
 _PLACES = ("obs_id", "ra", "dec", "position_epoch")
 # What pairs, and the table of evidence made of them, call columns of their own.
 _OF_PAIRS = ("target_obs_id", "target_star_id", "reference_star_id", "separation_arcsec",
@@ -421,8 +420,7 @@ def _unify_steps(
     if "rows_per_partition" not in given:
         settings = settings.but(rows_per_partition=job.ingest.rows_per_partition)
     yield Step("sos", Unify, settings, {**rows, **stars, "reference": "reference"})
-    same = {name: value for name, value in dict(settings).items() if name in _OF_MEMBERS}
-    yield Step("sos.members", MembersStage, MembersStage.Settings(**same), rows)
+    yield Step("sos.members", MembersStage, MembersStage.Settings(), {"sos": "sos"})
 
 
 def _validate_steps(

@@ -14,14 +14,15 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from sos_dask import correct
-from sos_dask.columns import FloatArray, IntArray, floats_or_nan, mixed
+from sos_dask.columns import FloatArray, IntArray, floats_or_nan
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.evidence.trends import three_cornered_hat
 from sos_dask.problem import ColumnName
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, LABELS
 from sos_dask.sky.healpix import HealpixPixel
+from sos_dask.sky.neighbours import starts
 from sos_dask.stages.base import Made, Role, Run, by_pixel, partition_record
-from sos_dask.stages.united import United, UnitedSettings, together, with_key
+from sos_dask.stages.united import United, UnitedSettings, enough, together, with_key
 from sos_dask.stars.average import (
     MIN_COMMON,
     Average,
@@ -53,7 +54,7 @@ _CHANCE = 1e-4  # of a flag where errors are right
 _OF_STARS = ("ra", "dec", "position_epoch", *GAIA_IDS.values(), "pmra", "pmdec",
              "phot_g_mean_mag", "parallax", "distance", "ebv")  # fmt: skip
 _MOST_HATS = 20_000  # stars of a three-cornered hat
-_MOST_COMMON = 5_000_000  # rows from which on stars in common are drawn
+_ENOUGH = 400_000  # rows of each two surveys where they may have stars in common
 
 
 class UnifySettings(UnitedSettings):
@@ -84,7 +85,7 @@ class Unify(United[UnifySettings]):
     """
 
     name = "unify"
-    version = 1
+    version = 2
     Settings = UnifySettings
     of_surveys = "rows"
     roles = (
@@ -140,8 +141,9 @@ class Unify(United[UnifySettings]):
         catalogs, labels = self.surveys(), self.settings.labels
         pixels = self.plan(run, "unify")
         parts = by_pixel(pixels)
-        run.parts("common", parts, self.compare_surveys, "stars in common")
-        common = [run.output.read_piece(f"common-{key}") for key in parts]
+        some = by_pixel(enough(pixels, self.counts, _ENOUGH))
+        run.parts("common", some, self.compare_surveys, "stars in common")
+        common = [run.output.read_piece(f"common-{key}") for key in some]
         sample = pa.concat_tables(common) if common else None
         self.floor, self.together, told = {}, {}, []
         for label in labels:
@@ -243,12 +245,7 @@ class Unify(United[UnifySettings]):
         """Keep the means of the surveys of stars of one partition that several surveys have."""
         table, primary = self.members(pixel, self.columns)
         stars = _Stars.of(table, primary, self.names)
-        n_rows = sum(one.n_rows for one in self.surveys().values())
-        share = min(1.0, _MOST_COMMON / max(n_rows, 1))
         chosen = stars.n_surveys > 1
-        if share < 1:
-            cells = stars.table[HEALPIX_COLUMN].to_numpy()[stars.leaders]
-            chosen &= mixed(cells.astype(np.uint64)) < np.uint64(share * 2.0**64)
         columns = {}
         for label in self.settings.labels:
             means, grade = self._means(stars, label)
@@ -347,8 +344,8 @@ class _Stars:
     def __init__(self, table: pa.Table, leaders: IntArray, members: Members, names: list[str]):
         self.table, self.leaders, self.members = table, leaders, members
         self.star, self.survey = members.star, members.survey
-        is_new = np.unique(self.star * len(names) + self.survey)
-        self.n_surveys = np.bincount(is_new // len(names), minlength=len(leaders))
+        is_new = starts(self.star, self.survey)
+        self.n_surveys = np.bincount(self.star[is_new], minlength=len(leaders))
 
     @classmethod
     def of(cls, table: pa.Table, primary: IntArray, names: list[str]) -> _Stars:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import combinations
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from sos_dask.columns import BoolArray, IntArray
+from sos_dask.columns import BoolArray, IntArray, mixed
 from sos_dask.schema import HEALPIX_COLUMN, YEARS
 from sos_dask.settings import RowsPerPartition
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, Ranges, in_ranges, plan_partitions
@@ -53,6 +54,8 @@ class United(Stage[U]):
     of_surveys: ClassVar[str]
     """The role of the surveys' catalogs."""
     motion_arcsec = 0.0
+    counts: IntArray
+    """Rows of each survey in each cell of the plan."""
 
     def surveys(self) -> dict[str, Catalog]:
         """Catalogs by survey."""
@@ -60,10 +63,14 @@ class United(Stage[U]):
 
     def plan(self, run: Run, what: str) -> list[HealpixPixel]:
         """Plan the partitions by the positions at the common epoch."""
-        catalogs = self.surveys()
-        histogram = np.zeros(12 * 4**_HISTOGRAM_ORDER, dtype=np.int64)
-        for record in run.parts("counts", places(catalogs), self.count_rows, f"{what} plan"):
-            np.add.at(histogram, record["cells"], record["rows"])
+        catalogs, counted = self.surveys(), places(self.surveys())
+        shape = len(catalogs), 12 * 4**_HISTOGRAM_ORDER
+        self.counts = np.zeros(shape, dtype=np.int64)
+        done = run.parts("counts", counted, self.count_rows, f"{what} plan")
+        for (survey, _), record in zip(counted.values(), done, strict=True):
+            number = list(catalogs).index(survey)
+            np.add.at(self.counts[number], record["cells"], record["rows"])
+        histogram = self.counts.sum(axis=0)
         pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, self.settings.rows_per_partition)
         n_bytes = 0
         for catalog in (one for one in catalogs.values() if one.n_rows):
@@ -120,6 +127,25 @@ class United(Stage[U]):
         ours = inside[primary]
         row_of = np.cumsum(ours) - 1
         return table.filter(pa.array(ours)), row_of[primary[ours]]
+
+
+def enough(pixels: Sequence[HealpixPixel], counts: IntArray, n_rows: int) -> list[HealpixPixel]:
+    """Choose partitions, from all of the sky, in which surveys may have stars in common.
+
+    So many of each two surveys, or as many as they may have at all. ``counts`` (s, cells): of
+    `United`.
+    """
+    ends = np.array([[one.first, one.stop] for one in pixels], dtype=np.int64).reshape(-1, 2)
+    ends >>= 2 * (MAX_ORDER - _HISTOGRAM_ORDER)
+    total = np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0)))
+    rows = total[:, ends[:, 1]] - total[:, ends[:, 0]]
+    order = np.argsort(mixed(ends[:, 0].astype(np.uint64)), kind="stable")
+    n_chosen = 0
+    for one, other in combinations(rows[:, order], 2):
+        common = np.cumsum(np.minimum(one, other))
+        wanted = min(n_rows, common[-1]) if len(common) else 0
+        n_chosen = max(n_chosen, int(np.searchsorted(common, wanted)) + 1)
+    return [pixels[place] for place in sorted(order[:n_chosen])]
 
 
 def with_key(catalog: Catalog, columns: Sequence[str]) -> list[str]:

@@ -68,7 +68,7 @@ def survey_means(
     value, error : ndarray of float64, shape (r,)
         Of rows, nan where unknown; errors that are not positive are unknown.
     star, survey : ndarray of int64, shape (r,)
-        Numbers of star and survey.
+        Numbers of star and survey; rows are sorted by star, then by survey.
     shape : tuple of int
         Number of stars n and of surveys s.
     clip : float
@@ -78,28 +78,29 @@ def survey_means(
     Means
     """
     group = star * shape[1] + survey
-    n_groups = shape[0] * shape[1]
+    is_first = starts(group)
+    number = np.cumsum(is_first) - 1
     has = np.isfinite(value)
-    kept = has & ~_far(value, error, group, has, n_groups, clip)
+    kept = has & ~_far(value, error, number, has, clip)
     with np.errstate(divide="ignore", invalid="ignore"):
         weight = np.where(kept & (error > 0), error**-2.0, 0.0)
-        total = np.bincount(group, weight, n_groups)
-        mean = np.bincount(group, weight * np.where(kept, value, 0.0), n_groups) / total
-        n_kept = np.bincount(group[kept], minlength=n_groups)
-        plain = np.bincount(group[kept], value[kept], n_groups) / n_kept
+        total = np.bincount(number, weight)
+        mean = np.bincount(number, weight * np.where(kept, value, 0.0)) / total
+        n_kept = np.bincount(number, kept)
+        plain = np.bincount(number, np.where(kept, value, 0.0)) / n_kept
+        found = total**-0.5
     known = total > 0
-    found = np.where(known, mean, np.where(n_kept > 0, plain, np.nan))
-    with np.errstate(divide="ignore"):
-        error = np.where(known, total**-0.5, np.nan)
-    return Means(found.reshape(shape), error.reshape(shape), has & ~kept)
+    out = np.full((2, shape[0] * shape[1]), np.nan)
+    out[:, group[is_first]] = np.where(known, mean, plain), np.where(known, found, np.nan)
+    return Means(out[0].reshape(shape), out[1].reshape(shape), has & ~kept)
 
 
 def _far(
-    value: FloatArray, error: FloatArray, group: IntArray, has: BoolArray, n: int, clip: float
+    value: FloatArray, error: FloatArray, group: IntArray, has: BoolArray, clip: float
 ) -> BoolArray:
     """Rows that are too far from the median of a group of three or more."""
     far = np.zeros(len(value), dtype=np.bool_)
-    rows = np.flatnonzero(has & (np.bincount(group[has], minlength=n) > 2)[group])
+    rows = np.flatnonzero(has & (np.bincount(group, has) > 2)[group])
     if len(rows):
         rows = rows[np.lexsort((value[rows], group[rows]))]
         first = np.flatnonzero(starts(group[rows]))
@@ -119,6 +120,25 @@ def average(
     two surveys. Of three surveys or more, one that is farther than ``clip`` of its errors from
     their median is left out, as long as two are left.
     """
+    has = np.isfinite(means.value)
+    count = has.sum(axis=1)
+    one = np.argmax(has, axis=1)  # most stars are in one survey
+    rows = np.arange(len(has))
+    value, error = means.value[rows, one], np.hypot(means.error[rows, one], floor[one])
+    chi2 = np.where(np.isfinite(error), 0.0, np.nan)
+    rejected = np.zeros(len(value), dtype=np.bool_)
+    several = np.flatnonzero(count > 1)
+    some = Means(means.value[several], means.error[several], means.rejected[:0])
+    found = _average(some, floor, clip, correlation)
+    both = Average(value, error, chi2, count, rejected)
+    for whole, part in zip(both, found, strict=True):
+        whole[several] = part
+    return both
+
+
+def _average(
+    means: Means, floor: FloatArray, clip: float, correlation: FloatArray | None
+) -> Average:
     value = means.value
     variance = means.error**2 + floor**2
     with_error = np.isfinite(value) & np.isfinite(variance)

@@ -10,7 +10,7 @@ import pytest
 from sos_dask.api import unify
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.schema import HEALPIX_COLUMN
-from sos_dask.sky.healpix import ang2pix
+from sos_dask.sky.healpix import HealpixPixel, ang2pix
 from sos_dask.stages.members import MembersStage
 from sos_dask.stages.unify import (
     FLAG_DISAGREE,
@@ -20,6 +20,7 @@ from sos_dask.stages.unify import (
     FLAG_VARIABLE,
     UnifySettings,
 )
+from sos_dask.stages.united import enough
 from sos_dask.stars.group import DedupeSettings, group, rank_of
 from sos_dask.storage.catalog import Catalog
 from tests.skies import observations, write_catalog
@@ -73,14 +74,40 @@ def test_stars_are_those_of_one_call_of_the_kernel(tmp_path):
         assert {star: set(text.split(";")) for star, text in stars.items()} == expected
         assert (made.rows.n_in, made.rows.n_out) == (1200, len(expected))
         assert sum(found[size]["n_obs"].to_pylist()) == 1200
-        members = MembersStage({f"rows.{x}": one for x, one in rows.items()},
-                               MembersStage.Settings(rows_per_partition=size, **HOW))  # fmt: skip
-        members.run(tmp_path / f"members{size}")
+        MembersStage({"sos": tmp_path / f"sos{size}"}).run(tmp_path / f"members{size}")
         listed: dict[str, set[str]] = {}
         for row in rows_of(tmp_path / f"members{size}").to_pylist():
             listed.setdefault(row["star_id"], set()).add(row["obs_id"])
         assert listed == expected
     assert found[SIZES[0]].equals(found[SIZES[1]])
+
+
+def test_a_key_that_would_be_two_members_is_refused(tmp_path):
+    keys = np.array(["a;b", "c"])
+    table = sky(2, 1)
+    place = table.schema.get_field_index("obs_id")
+    table = table.set_column(place, "obs_id", pa.array(keys))
+    unify(
+        {"one": write_catalog(table, tmp_path / "one")},
+        tmp_path / "sos",
+        UnifySettings(labels=("teff",)),
+    )
+    with pytest.raises(CatalogError, match="contains ';'"):
+        MembersStage({"sos": tmp_path / "sos"}).run(tmp_path / "members")
+
+
+def test_partitions_that_are_compared_are_of_all_of_the_sky():
+    """As many as are enough for every two surveys, be they few or many."""
+    pixels = [HealpixPixel(2, number) for number in range(192)]
+    counts = np.zeros((3, 12 * 4**8), dtype=np.int64)
+    counts[0] = 2
+    counts[1, ::64] = 1  # 64 of each pixel
+    assert enough(pixels, counts, 10**9) == pixels
+    chosen = enough(pixels, counts, 64 * 10)
+    assert len(chosen) == 10 and chosen != pixels[:10]
+    assert enough(pixels, counts, 1)[0] in pixels
+    counts[2, pixels[7].first >> 42] = 5  # in one pixel alone
+    assert pixels[7] in enough(pixels, counts, 64 * 10)
 
 
 def survey(folder: Path, n: int, *, rows: dict[str, Any], corrected: bool) -> Catalog:

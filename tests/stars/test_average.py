@@ -33,6 +33,7 @@ def plain_mean(rows: list[tuple[float, float]], clip: float) -> tuple[float, flo
 
 @given(ROWS, st.sampled_from([2.0, 1e9]))
 def test_means_of_surveys_are_those_of_plain_python(rows, clip):
+    rows = sorted(rows, key=lambda row: row[2:])
     value, error = (np.array([row[i] for row in rows], dtype=np.float64) for i in (0, 1))
     star, survey = (np.array([row[i] for row in rows], dtype=np.int64) for i in (2, 3))
     found = survey_means(value, error, star, survey, SHAPE, clip)

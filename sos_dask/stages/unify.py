@@ -54,7 +54,7 @@ _CHANCE = 1e-4  # of a flag where errors are right
 _OF_STARS = ("ra", "dec", "position_epoch", *GAIA_IDS.values(), "pmra", "pmdec",
              "phot_g_mean_mag", "parallax", "distance", "ebv")  # fmt: skip
 _MOST_HATS = 20_000  # stars of a three-cornered hat
-_ENOUGH = 400_000  # rows of each two surveys where they may have stars in common
+_ENOUGH = 50_000  # rows of each two surveys where they may have stars in common
 
 
 class UnifySettings(UnitedSettings):

@@ -140,12 +140,12 @@ def enough(pixels: Sequence[HealpixPixel], counts: IntArray, n_rows: int) -> lis
     total = np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0)))
     rows = total[:, ends[:, 1]] - total[:, ends[:, 0]]
     order = np.argsort(mixed(ends[:, 0].astype(np.uint64)), kind="stable")
-    n_chosen = 0
+    chosen: set[int] = set()
     for one, other in combinations(rows[:, order], 2):
-        common = np.cumsum(np.minimum(one, other))
-        wanted = min(n_rows, common[-1]) if len(common) else 0
-        n_chosen = max(n_chosen, int(np.searchsorted(common, wanted)) + 1)
-    return [pixels[place] for place in sorted(order[:n_chosen])]
+        common = np.minimum(one, other)
+        before = np.cumsum(common) - common
+        chosen.update(order[(common > 0) & (before < n_rows)].tolist())
+    return [pixels[place] for place in sorted(chosen)]
 
 
 def with_key(catalog: Catalog, columns: Sequence[str]) -> list[str]:

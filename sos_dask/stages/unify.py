@@ -85,7 +85,7 @@ class Unify(United[UnifySettings]):
     """
 
     name = "unify"
-    version = 2
+    version = 3
     Settings = UnifySettings
     of_surveys = "rows"
     roles = (

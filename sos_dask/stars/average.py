@@ -1,11 +1,13 @@
 """Labels of a star that several surveys have measured: mean, error, and how well they agree.
 
 Of a label, rows of the best grade that a star has count. Inside of a survey they are averaged with
-weights 1 / error**2; from three on, one farther than ``clip`` of its errors from their median is
-left out. The mean of a survey has a floor beside its error: what all of its rows share, such as a
-fault of its calibration, which repeats do not show and do not make smaller. Means of surveys are
-averaged the same way, and the chi-square of that tells whether they agree. Where no row, or no
-survey, has an error, the mean is plain and its error unknown.
+weights 1 / error**2. From three on, one is left out that is farther than ``clip`` errors from the
+mean of the others (its own error and that of their mean), the farthest first, where the others then
+agree: by the distance from a median the most precise one would be an outlier of noisier ones. The
+mean of a survey has a floor beside its error: what all of its rows share, such as a fault of its
+calibration, which repeats do not show and do not make smaller. Means of surveys are averaged the
+same way, and the chi-square of that tells whether they agree. Where no row, or no survey, has an
+error, the mean is plain and its error unknown.
 
 The floors follow from stars in common (`floors`): squared and summed over two surveys they are what
 the variance of their differences has over the stated one. With three surveys that is the
@@ -98,17 +100,36 @@ def survey_means(
 def _far(
     value: FloatArray, error: FloatArray, group: IntArray, has: BoolArray, clip: float
 ) -> BoolArray:
-    """Rows that are too far from the median of a group of three or more."""
+    """Rows of groups (in their order) of three or more that are too far from all others."""
     far = np.zeros(len(value), dtype=np.bool_)
-    rows = np.flatnonzero(has & (np.bincount(group, has) > 2)[group])
-    if len(rows):
-        rows = rows[np.lexsort((value[rows], group[rows]))]
-        first = np.flatnonzero(starts(group[rows]))
+    rows = np.flatnonzero(has & (error > 0))
+    rows = rows[(np.bincount(group[rows], minlength=1) > 2)[group[rows]]]
+    while len(rows):
+        is_first = starts(group[rows])
+        first = np.flatnonzero(is_first)
+        number = np.cumsum(is_first) - 1
         count = np.diff(np.append(first, len(rows)))
-        middle = value[rows[first + (count - 1) // 2]] + value[rows[first + count // 2]]
-        distance = np.abs(value[rows] - np.repeat(middle / 2, count))
-        far[rows] = distance > clip * error[rows]
+        off, weight = value[rows] - value[rows[first]][number], error[rows] ** -2.0
+        total, moment, square = (
+            np.bincount(number, weight * power) for power in (np.ones(len(off)), off, off**2)
+        )
+        rest = total[number] - weight
+        # How much smaller the chi-square of the group is without a row.
+        drop = (off - (moment[number] - weight * off) / rest) ** 2 * weight * rest / total[number]
+        worst = first + _first_largest(drop, first)
+        left = square - moment**2 / total - drop[worst]
+        gone = (drop[worst] > clip**2) & ((count > 3) | (left < clip**2))
+        far[rows[worst[gone]]] = True
+        rows = rows[(gone & (count > 3))[number] & ~far[rows]]
     return far
+
+
+def _first_largest(values: FloatArray, first: IntArray) -> IntArray:
+    """Place in each group, whose rows begin at ``first``, of the first of its largest values."""
+    largest = np.maximum.reduceat(values, first)
+    number = np.repeat(np.arange(len(first)), np.diff(np.append(first, len(values))))
+    at = np.flatnonzero(values == largest[number])
+    return np.asarray(at[starts(number[at])] - first)
 
 
 def average(
@@ -117,8 +138,7 @@ def average(
     """Average the means of the surveys of each star.
 
     ``floor`` (s,): error that all rows of a survey share; ``correlation`` (s, s) of the errors of
-    two surveys. Of three surveys or more, one that is farther than ``clip`` of its errors from
-    their median is left out, as long as two are left.
+    two surveys. Of three surveys or more, one that is too far from the others is left out.
     """
     has = np.isfinite(means.value)
     count = has.sum(axis=1)
@@ -144,15 +164,11 @@ def _average(
     with_error = np.isfinite(value) & np.isfinite(variance)
     some: BoolArray = np.any(with_error, axis=1)
     used = np.where(some[:, None], with_error, np.isfinite(value))
-    rejected = np.zeros(len(value), dtype=np.bool_)
-    rows = np.flatnonzero(some & (used.sum(axis=1) > 2))
-    if len(rows):
-        median = np.nanmedian(np.where(used[rows], value[rows], np.nan), axis=1)
-        with np.errstate(invalid="ignore"):
-            far = np.abs(value[rows] - median[:, None]) > clip * np.sqrt(variance[rows])
-        far &= used[rows] & ((used[rows] & ~far).sum(axis=1) > 1)[:, None]
-        used[rows] &= ~far
-        rejected[rows] = far.any(axis=1)
+    star = np.repeat(np.arange(len(value)), value.shape[1])
+    far = _far(value.ravel(), np.sqrt(variance).ravel(), star, with_error.ravel(), clip)
+    far = far.reshape(value.shape)
+    used &= ~far
+    rejected = np.asarray(far.any(axis=1))
     weight = np.where(used, np.where(some[:, None], 1 / np.where(used, variance, 1.0), 1.0), 0.0)
     total = weight.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):

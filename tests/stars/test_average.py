@@ -15,13 +15,26 @@ ERRORS = st.one_of(st.just(float("nan")), st.just(0.0), st.floats(0.1, 3))
 ROWS = st.lists(st.tuples(VALUES, ERRORS, st.integers(0, 3), st.integers(0, 2)), max_size=40)
 
 
+def disagreement(rows: list[tuple[float, float]]) -> float:
+    value, weight = np.array([v for v, _ in rows]), np.array([e**-2.0 for _, e in rows])
+    return float(weight @ (value - weight @ value / weight.sum()) ** 2)
+
+
 def plain_mean(rows: list[tuple[float, float]], clip: float) -> tuple[float, float, int]:
     """Mean and error of the rows of one survey, and how many were left out."""
     rows = [(value, error) for value, error in rows if np.isfinite(value)]
     kept = rows
-    if len(rows) > 2:
-        middle = np.median([value for value, _ in rows])
-        kept = [(v, e) for v, e in rows if not (e >= 0 and abs(v - middle) > clip * e)]
+    while sum(e > 0 for _, e in kept) > 2:
+        of_error = [i for i, (_, e) in enumerate(kept) if e > 0]
+        drops = []
+        for i in of_error:
+            others = [kept[j] for j in of_error if j != i]
+            drops.append(disagreement([kept[j] for j in of_error]) - disagreement(others))
+        worst = int(np.argmax(drops))
+        left = [kept[j] for j in of_error if j != of_error[worst]]
+        if not (drops[worst] > clip**2 and (len(of_error) > 3 or disagreement(left) < clip**2)):
+            break
+        kept = [one for i, one in enumerate(kept) if i != of_error[worst]]
     weighted = [(v, e) for v, e in kept if e > 0]
     if weighted:
         weight = np.array([e**-2.0 for _, e in weighted])
@@ -63,6 +76,7 @@ NAN = float("nan")
         ([1.0, 1.2, 9.0], [0.1, 0.1, 0.1], [0, 0, 0], 1.1, 0.005**0.5, 2, True),
         ([1.0, 9.0, NAN], [0.1, 0.1, NAN], [0, 0, 0], 5.0, 0.005**0.5, 2, False),
         ([1.0, 5.0, 9.0], [0.1, 0.1, 0.1], [0, 0, 0], 5.0, (0.01 / 3) ** 0.5, 3, False),
+        ([1.0, 3.0, 3.1], [0.1, 1.0, 1.0], [0, 0, 0], 106.1 / 102, 102**-0.5, 3, False),
         ([1.0, 2.0, NAN], [NAN, 1.0, NAN], [0, 0, 0], 2.0, 1.0, 1, False),
         ([1.0, 2.0, NAN], [NAN, NAN, NAN], [0, 0, 0], 1.5, NAN, 2, False),
         ([NAN, NAN, NAN], [NAN, NAN, NAN], [0, 0, 0], NAN, NAN, 0, False),

@@ -9,8 +9,8 @@ import pytest
 
 from sos_dask.api import unify
 from sos_dask.errors import CatalogError, ConfigError
-from sos_dask.schema import HEALPIX_COLUMN
-from sos_dask.sky.healpix import HealpixPixel, ang2pix
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN
+from sos_dask.sky.healpix import HealpixPixel, ang2pix, propagate, unit_vectors
 from sos_dask.stages.members import MembersStage
 from sos_dask.stages.unify import (
     FLAG_DISAGREE,
@@ -80,6 +80,57 @@ def test_stars_are_those_of_one_call_of_the_kernel(tmp_path):
             listed.setdefault(row["star_id"], set()).add(row["obs_id"])
         assert listed == expected
     assert found[SIZES[0]].equals(found[SIZES[1]])
+
+
+def test_stars_are_those_of_a_union_find_on_the_whole_sphere(tmp_path):
+    """Stars anywhere, poles and RA 0 among them, of one to nine rows in three surveys."""
+    rng = np.random.default_rng(5)
+    n_stars = 1200
+    ra = np.concatenate([rng.uniform(0, 360, n_stars - 40), rng.normal(0, 1e-5, 20) % 360,
+                         rng.uniform(0, 360, 20)])  # fmt: skip
+    dec = np.degrees(np.arcsin(rng.uniform(-1, 1, n_stars)))
+    dec[-20:] = np.where(rng.random(20) < 0.5, -1, 1) * (90 - rng.uniform(0, 0.01, 20))
+    tables, rows = {}, []
+    for number, name in enumerate("abc", start=1):
+        star = np.repeat(np.arange(n_stars), rng.integers(0, 4, n_stars))
+        east, north = rng.normal(0, 120.0, (2, len(star)))  # mas
+        where = propagate(ra[star], dec[star], east, north, 1.0)
+        table = observations(len(star), number)
+        ids = pa.array(10**15 + star, mask=rng.random(len(star)) < 0.4)
+        columns = {HEALPIX_COLUMN: ang2pix(*where), "ra": where[0], "dec": where[1],
+                   "quality": np.zeros(len(star), dtype=np.int64)}  # fmt: skip
+        for column, values in columns.items():
+            place = table.schema.get_field_index(column)
+            table = table.set_column(place, table.schema.field(column), pa.array(values))
+        table = table.append_column(CANONICAL["gaia_dr3_source_id"].arrow(), ids)
+        keys = [f"{name}:{key}" for key in table["obs_id"].to_pylist()]
+        rows += list(zip(keys, unit_vectors(*where), ids.to_pylist(), strict=True))
+        order = [(HEALPIX_COLUMN, "ascending"), ("obs_id", "ascending")]
+        tables[name] = table.sort_by(order)
+    of = np.arange(len(rows))
+
+    def find(one: int) -> int:
+        while of[one] != one:
+            one = of[one]
+        return one
+
+    place = np.array([one[1] for one in rows])
+    apart = np.degrees(np.linalg.norm(place[:, None] - place, axis=2)) * 3600
+    same = np.array([-k if one[2] is None else one[2] for k, one in enumerate(rows, start=1)])
+    links = (apart < 0.8) | ((apart < 5.0) & (same[:, None] == same))
+    for i, j in zip(*np.nonzero(np.triu(links, 1)), strict=True):
+        of[find(j)] = find(i)
+    expected: dict[int, set[str]] = {}
+    for one, row in enumerate(rows):
+        expected.setdefault(find(one), set()).add(row[0])
+    surveys = {x: write_catalog(one, tmp_path / x, 300) for x, one in tables.items()}
+    settings = UnifySettings(rows_per_partition=500, labels=("teff",), **HOW)
+    made = unify(surveys, tmp_path / "sos", settings)
+    found = rows_of(tmp_path / "sos")
+    assert len(Catalog.open(tmp_path / "sos").pixels) > 5
+    groups = [frozenset(text.split(";")) for text in found["sources"].to_pylist()]
+    assert set(groups) == {frozenset(one) for one in expected.values()}
+    assert made.rows.n_in == len(rows) == made.rows.n_out + made.rows.dropped["merged"]
 
 
 def test_a_key_that_would_be_two_members_is_refused(tmp_path):

@@ -85,7 +85,7 @@ class Unify(United[UnifySettings]):
     """
 
     name = "unify"
-    version = 3
+    version = 4
     Settings = UnifySettings
     of_surveys = "rows"
     roles = (

@@ -170,15 +170,44 @@ def _average(
     used &= ~far
     rejected = np.asarray(far.any(axis=1))
     weight = np.where(used, np.where(some[:, None], 1 / np.where(used, variance, 1.0), 1.0), 0.0)
-    total = weight.sum(axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mean = (weight * np.where(used, value, 0.0)).sum(axis=1) / total
-        root = np.sqrt(weight)  # weight times error
-        shared = root @ (np.eye(value.shape[1]) if correlation is None else correlation)
-        error = np.where(some, np.sqrt((shared * root).sum(axis=1)) / total, np.nan)
+    share, sigma = weight / weight.sum(axis=1, keepdims=True), 1 / weight.sum(axis=1) ** 0.5
+    if correlation is not None and np.any(correlation != np.eye(len(correlation))):
+        error = np.sqrt(np.where(used, variance, 1.0))
+        share[some], sigma[some] = _best_shares(error[some], used[some], correlation)
+    mean = (share * np.where(used, value, 0.0)).sum(axis=1)
+    error = np.where(some, sigma, np.nan)
     difference = np.where(used, value - mean[:, None], 0.0)
     chi2 = np.where(some, (weight * difference**2).sum(axis=1), np.nan)
     return Average(mean, error, chi2, used.sum(axis=1), rejected)
+
+
+def _best_shares(
+    error: FloatArray, used: BoolArray, correlation: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Shares of the means of smallest error, none negative, where errors go together; that error.
+
+    Of two surveys whose errors are almost the same one, the noisier one adds nothing.
+    """
+    values, vectors = np.linalg.eigh(correlation)  # of pairs measured one by one it may be none
+    near = (vectors * np.maximum(values, 0.01)) @ vectors.T
+    near /= np.sqrt(np.outer(near.diagonal(), near.diagonal()))
+    used = used.copy()
+    share = np.zeros(error.shape)
+    total, todo = np.ones(len(error)), np.arange(len(error))
+    while len(todo):
+        both = used[todo, :, None] & used[todo, None, :]
+        inverse = 1 / error[todo]
+        matrix = np.where(both, near, np.eye(error.shape[1]))
+        # Of errors times shares: the matrix has no units.
+        found = np.linalg.solve(matrix, (used[todo] * inverse)[..., None])[..., 0] * inverse
+        worst = np.argmin(np.where(used[todo], found, np.inf), axis=1)
+        bad = found[np.arange(len(todo)), worst] < 0
+        good = todo[~bad]
+        total[good] = found[~bad].sum(axis=1)
+        share[good] = found[~bad] / total[good, None]
+        todo, worst = todo[bad], worst[bad]
+        used[todo, worst] = False
+    return share, total**-0.5
 
 
 def improbable(chi2: FloatArray, dof: IntArray, level: float) -> BoolArray:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
@@ -146,7 +146,32 @@ def test_errors_that_go_together_make_the_mean_less_certain():
     both = Means(value, error, np.zeros(0, dtype=np.bool_))
     found = average(both, floor, 5.0, correlation)
     assert abs(np.std(found.value / found.error) - 1) < 0.02
-    assert np.std(found.value / average(both, floor, 5.0).error) > 1.15
+    plain = average(both, floor, 5.0)
+    assert np.std(plain.value / plain.error) > 1.15
+    assert np.std(found.value) < np.std(plain.value)
+
+
+@given(
+    st.lists(st.floats(0.3, 3), min_size=3, max_size=3),
+    st.lists(st.floats(0, 0.9), min_size=3, max_size=3),
+)
+def test_shares_are_the_best_that_are_not_negative(sigma, rho):
+    correlation = np.eye(3)
+    correlation[np.triu_indices(3, 1)] = rho
+    correlation = np.maximum(correlation, correlation.T)
+    assume(np.linalg.eigvalsh(correlation).min() > 0.05)
+    both = means([1.0, 2.0, 3.0], sigma)
+    found = average(both, np.zeros(3), 1e9, correlation)
+    covariance = np.outer(sigma, sigma) * correlation
+
+    def variance(share: FloatArray) -> float:
+        return float(share @ covariance @ share)
+
+    steps = np.linspace(0, 1, 101)
+    every = ((a, b, 1 - a - b) for a in steps for b in steps if a + b <= 1)
+    best = min(variance(np.array(share)) for share in every)
+    assert found.error[0] ** 2 <= best * (1 + 1e-9)
+    assert 1.0 <= found.value[0] <= 3.0
 
 
 def test_surveys_without_common_stars_have_no_floor():

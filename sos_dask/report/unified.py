@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from sos_dask.report.style import (
     percent,
 )
 from sos_dask.stats.numbers import ALL
+from sos_dask.storage.artifact import partition_errors
 from sos_dask.storage.objects import local
 
 _FEW = 5  # stars of a group that is not drawn
@@ -158,15 +160,18 @@ def validation_figure(name: str, rows: Sequence[Row], labels: Labels) -> Drawn |
     return Drawn(f"Stars that must agree: {name}", figure, facts)
 
 
-def validations(build: Build) -> dict[str, list[Row]]:
-    """Rows of every list of stars, without nan, by its name."""
+def validations(directories: Mapping[str, Path]) -> dict[str, list[Row]]:
+    """Read the rows of every list of stars, without nan, by its name; of products by name."""
     found: dict[str, list[Row]] = {}
-    for product in build.of("validation"):
-        rows = pq.read_table(local(build.directories[product] / "validation.parquet")).to_pylist()
-        found[product.removesuffix(".validation")] = [
-            {x: None if isinstance(v, float) and np.isnan(v) else v for x, v in one.items()}
-            for one in rows
-        ]
+    for product, directory in directories.items():
+        if product.endswith(".validation"):
+            path = directory / "validation.parquet"
+            with partition_errors(path):
+                rows = pq.read_table(local(path)).to_pylist()
+            found[product.removesuffix(".validation")] = [
+                {x: None if isinstance(v, float) and np.isnan(v) else v for x, v in one.items()}
+                for one in rows
+            ]
     return found
 
 
@@ -191,7 +196,7 @@ def tables(
     flags = [{"bit": x, "meaning": y, "n": summary["flags"][y]} for x, y in bits.items()]
     floors = [x for x in errors if x.get("floor") is not None]
     hats = [x for x in errors if x.get("n") and x.get("offset") is None]
-    lists = {name: agreeing(rows) for name, rows in validations(build).items()}
+    lists = {name: agreeing(rows) for name, rows in validations(build.directories).items()}
     whole = {
         name: [x for x in rows if x["group"] == ALL and (x["is_truth"] or x["label"] not in _OWN)]
         for name, rows in lists.items()

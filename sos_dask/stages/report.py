@@ -308,7 +308,7 @@ def _unified(build: Build) -> dict[str, Draw]:
         found["velocities"] = lambda counts: maps.velocity_figure(
             *(counts("sos")[what][: maps.N_VELOCITY] for what in ("velocity", "variable"))
         )
-    for name, rows in unified.validations(build).items():
+    for name, rows in unified.validations(build.directories).items():
         found[f"validation-{name}"] = partial(_validation, name, rows, labels)
     return found
 

@@ -107,10 +107,6 @@ def errors_figure(
     return Drawn("Are the stated errors right", figure, facts)
 
 
-def _spread(medians: Sequence[float]) -> float | None:
-    return float(np.std(medians)) if len(medians) > 1 else None
-
-
 def agreeing(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """List groups of stars that must agree, over all surveys, before and after.
 
@@ -127,7 +123,7 @@ def agreeing(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 and x["survey"] != ALL and min(x["n"], x["n_after"]) >= _FEW]  # fmt: skip
         for when in ("before", "after"):
             medians = [x[f"median_{when}"] for x in mine if x[f"median_{when}"] is not None]
-            apart = None if one["group"] == ALL else _spread(medians)
+            apart = np.std(medians).item() if len(medians) > 1 and one["group"] != ALL else None
             item[f"offset_{when}"] = one[f"median_{when}"] if one["is_truth"] else apart
         found.append(item)
     return found

@@ -124,8 +124,7 @@ class ReportStage(Stage[ReportSettings]):
             pictures[key] = page.Picture(record["title"], record["facts"], png)
         tables = page.of_every_page(build, settings.files, settings.software)
         if build.unified:
-            stars = _sums(run.output, build, "sos")
-            tables = unified.tables(build, tables, stars, MEANINGS)
+            tables = unified.tables(build, tables, _sums(run.output, build, "sos"), MEANINGS)
         else:
             tables = page.tables(build, tables, STEPS["labels"])
         text = page.html(

@@ -47,7 +47,7 @@ _GROUPS = {
     ),
     "Look and check": (
         *(views.compare, views.trends, views.uncertainty, views.coverage),
-        *(views.report, views.surveys, views.verify),
+        *(views.agreement, views.report, views.surveys, views.verify),
     ),
 }
 for _title, _commands in _GROUPS.items():

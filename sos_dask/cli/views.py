@@ -189,6 +189,52 @@ def uncertainty(job: Place = None, *, store: Place = None, correction: Name = No
         )
 
 
+@command()
+def agreement(job: Place = None, *, store: Place = None, label: Name = None) -> Shown:
+    """Show how the surveys of the unified catalog agree: pairs, hats, floors, stars of lists.
+
+    Example: sos-dask agreement --store store --label feh
+    """
+    from sos_dask.report.unified import agreeing, validations
+
+    place = find_store(store, job)
+    directory = stores.current_product(place, "sos")
+    found = Manifest.checked(directory)
+    _one_of("label", label, (one["label"] for one in found.summary["errors"]))
+    current = {x: (place / "current" / x).resolve() for x in stores.published(place)}
+    lists = {
+        name: [one for one in agreeing(rows) if label in (None, one["label"])]
+        for name, rows in validations(current).items()
+    }
+    errors = [one for one in found.summary["errors"] if label in (None, one["label"])]
+    summary = {**found.summary, "errors": errors}
+    yield {"path": directory, "stars": found.rows.n_out, **summary, "validation": lists}
+    n_rows, n_several = found.rows.n_in, summary["stars_in_several_surveys"]
+    say(f"{n_rows:,} rows are {found.rows.n_out:,} stars, {n_several:,} in several surveys.\n")
+    pairs, hats, floors = (
+        [one for one in errors if key in one] for key in ("offset", "hat", "floor")
+    )
+    show_table(
+        "Two surveys on common stars; pull: scatter over the stated errors, 1 is right",
+        "label survey other n=stars offset:+ scatter width:.2f=pull correlation:.2f=corr.",
+        pairs,
+    )
+    show_table(
+        "Errors from three surveys on common stars (!: negative variance)",
+        "label survey other=beside n=stars text=error",
+        [{**one, "text": _with_range(one, "hat") + " !" * one["negative"]} for one in hats],
+    )
+    show_table("Floor of the errors of a survey", "label survey floor", floors)
+    for name, rows in lists.items():
+        show_table(
+            f"{name}: stars that must agree, as published and unified; offset from the list's "
+            "value, or of surveys",
+            "label group n=rows n_after=stars scatter_before scatter_after offset_before "
+            "offset_after",
+            rows,
+        )
+
+
 def _with_range(row: Row, name: str, factor: float = 1, form: str = ".3f") -> str:
     """Text of a value with its 95 % range, as far as they are known."""
     value, *ends = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -159,13 +159,9 @@ def steps(job: Job) -> list[Step]:
             mine = [*_correction_steps(job, target, one, stars, union.order, observations)]
             # A further correction adds its columns to those of the one before.
             observations = f"{one.place}.corrected"
-            if job.report.enabled:
-                products = [*common, *(step.product for step in mine)]
-                settings = ReportStage.Settings(job=job.name, job_text=job.text)
-                name = f"{one.place}.report" if one.place != targets[0].name else "report"
-                inputs = {f"product.{x}": x for x in products}
-                mine.append(Step(name, ReportStage, settings, inputs))
-            made += mine
+            products = [*common, *(step.product for step in mine)]
+            name = f"{one.place}.report" if one.place != targets[0].name else "report"
+            made += [*mine, *_report_steps(job, name, products)]
         of_surveys[f"rows.{target.name}"] = observations
     if job.unify is not None:
         of_surveys |= {f"rows.{name}": f"{name}.observations" for name in job.reference}
@@ -173,6 +169,9 @@ def steps(job: Job) -> list[Step]:
         labels = made[-2].settings.labels  # type: ignore[attr-defined]
         for name, given in job.validation.items():
             made += _validate_steps(job, name, given, labels, of_surveys)
+        products = [f"{name.removeprefix('rows.')}.observations" for name in of_surveys]
+        products += ["sos", "sos.members", *(f"{name}.validation" for name in job.validation)]
+        made += _report_steps(job, "sos.report", products)
     names = [step.product for step in made]
     for name in names:
         if names.count(name) > 1:
@@ -436,6 +435,13 @@ def _validate_steps(
     inputs = {"list": f"{name}.list", "pairs": f"{name}.stars-of-list", "sos": "sos", **rows}
     how = Validate.Settings(labels=labels, group=given.group)
     yield Step(f"{name}.validation", Validate, how, inputs)
+
+
+def _report_steps(job: Job, name: str, products: Iterable[str]) -> Iterator[Step]:
+    """List the step that makes a page of products, where the job wants reports."""
+    if job.report.enabled:
+        settings = ReportStage.Settings(job=job.name, job_text=job.text)
+        yield Step(name, ReportStage, settings, {f"product.{x}": x for x in products})
 
 
 def _model_steps(job: Job, one: _Correction, target: str) -> Iterator[Step]:

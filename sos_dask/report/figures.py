@@ -264,7 +264,7 @@ def _significance(axes: Axes, x: Any, through: Any, direct: Any) -> None:
 # --- dots: one panel for each label, places from top to bottom, one mark for each series --------
 
 
-class _Series(NamedTuple):
+class Series(NamedTuple):
     """Marks of one kind, at one height (``slot``) within each place; ``text`` for the legend."""
 
     name: str
@@ -276,14 +276,14 @@ class _Series(NamedTuple):
 
 
 # By row, label, place and series: value, and the ends of its line.
-_Points = Mapping[tuple[str, str, str, str], tuple[float, float | None, float | None]]
+Points = Mapping[tuple[str, str, str, str], tuple[float, float | None, float | None]]
 
 
-def _dots(
+def dots(
     labels: Labels, places: Mapping[str, str], rows: Mapping[str, str],
-    series: Sequence[_Series], points: _Points,
+    series: Sequence[Series], points: Points, logarithmic: bool = True,
 ) -> tuple[Figure, Any]:  # fmt: skip
-    """Panels of dots, ``rows`` by labels."""
+    """Draw panels of dots, ``rows`` by labels; positive values on logarithmic axes."""
     n_slots = 1 + max(one.slot for one in series)
     panel = 0.62 + (0.13 + 0.05 * n_slots) * len(places)
     figure = new_figure(0.25 + panel * len(rows), share_of_width(len(labels)))
@@ -306,7 +306,7 @@ def _dots(
                     markersize=3.2, markerfacecolor=one.color if one.filled else "white",
                     label=one.text or None,
                 )  # fmt: skip
-            if values and min(values) > 0:
+            if values and min(values) > 0 and logarithmic:
                 axes.set_xscale("log")
                 plain_log_ticks(axes.xaxis)
             else:
@@ -326,13 +326,13 @@ def _dots(
     return figure, grid
 
 
-def _of_methods(methods: Sequence[str], chosen: str) -> list[_Series]:
+def _of_methods(methods: Sequence[str], chosen: str) -> list[Series]:
     """One series for each method; grey crosses without a correction."""
     found = []
     for slot, name in enumerate(methods):
         i = (slot - (NONE in methods)) % len(CYCLE)
         look = (GREY, "x") if name == NONE else (CYCLE[i], MARKERS[i])
-        found.append(_Series(name, name + " (chosen)" * (name == chosen), *look, slot))
+        found.append(Series(name, name + " (chosen)" * (name == chosen), *look, slot))
     return found
 
 
@@ -351,7 +351,7 @@ def comparison_figure(table: pa.Table, labels: Labels, chosen: str) -> Drawn | N
         for r in items
     }
     symbols = {name: symbol(name) for name in places}
-    figure, _ = _dots(labels, symbols, rows, _of_methods(methods, chosen), points)
+    figure, _ = dots(labels, symbols, rows, _of_methods(methods, chosen), points)
     first = next(iter(rows))
     n = {word(r["subset"]): r["n"] for r in items if r["statistic"] == first}
     return Drawn("Methods compared", figure, {"pairs": n})
@@ -374,12 +374,12 @@ def calibration_figure(table: pa.Table, labels: Labels) -> Drawn | None:
     }
     levels = ((0.68, 2, BLUE, "o"), (0.95, 1, VERMILLION, "s"))
     series = [
-        _Series(str(level), f"{100 * level:g} % interval", color, marker, slot)
+        Series(str(level), f"{100 * level:g} % interval", color, marker, slot)
         for slot, (level, _, color, marker) in enumerate(levels)
     ]
     symbols = {name: symbol(name) for name in places}
     rows = {"": "hit rate − level [% points]"}
-    figure, grid = _dots(labels, symbols, rows, series, points)
+    figure, grid = dots(labels, symbols, rows, series, points)
     for axes in grid.flat:
         for _, margin, color, _ in levels:
             for edge in (-margin, margin):
@@ -410,7 +410,7 @@ def left_out_figure(table: pa.Table, labels: Labels, chosen: str) -> Drawn | Non
             if value is not None:
                 points[*key, r["method"]] = (value, *ends)
     rows = {"median": "median [{unit}]", "mad": "scatter [{unit}]"}
-    figure, _ = _dots(labels, {group: group for group in n}, rows, [*left_out, *kept], points)
+    figure, _ = dots(labels, {group: group for group in n}, rows, [*left_out, *kept], points)
     return Drawn("Groups of pairs left out", figure, {"pairs": n})
 
 

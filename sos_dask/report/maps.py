@@ -55,6 +55,12 @@ _SHAPE = (_TEFF[2], _LOGG[2])
 N_CELLS = _SHAPE[0] * _SHAPE[1]
 LOG_QUANTUM = 1e-6
 """Logarithms are summed as whole numbers of it, so that sums do not depend on their order."""
+_SCATTER = (-2.0, 3.0, 51)  # of radial velocities: edges of cells of 0.1 in the logarithm
+_MOST_ROWS = 40  # of a star; more count as so many
+_VELOCITIES = _MOST_ROWS + 1, _SCATTER[2] - 1
+N_VELOCITY = _VELOCITIES[0] * _VELOCITIES[1]
+_ERRORS = (-4.0, 4.0, 400)  # cells of 2 % in the logarithm: 4.7 % in the error
+N_ERRORS = _ERRORS[2]
 # Most cells along an axis: with more of them too many contain no pair by chance alone.
 _MAX_BINS = 64
 _MIN_CELL = 5
@@ -184,6 +190,64 @@ def sky_map(
     )
     for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
         label.set(fontsize=6, path_effects=[withStroke(linewidth=1.6, foreground="white")])
+
+
+# --- stars of the unified catalog ---------------------------------------------------------------
+
+
+def velocity_cells(n_obs: IntArray, scatter: FloatArray) -> IntArray:
+    """Cell of every star with several rows and a scatter of its radial velocities; -1 of others."""
+    known = (n_obs > 1) & (scatter > 0)
+    log = np.log10(np.where(known, scatter, np.nan)).clip(*(_SCATTER[0], _SCATTER[1] - 0.01))
+    rows = np.minimum(n_obs, _MOST_ROWS).astype(np.float64)
+    limits = (0.0, _MOST_ROWS + 1.0, *_SCATTER[:2])
+    return _cells_2d((rows, log), limits, _VELOCITIES)
+
+
+def velocity_figure(stars: IntArray, variable: IntArray) -> Drawn | None:
+    """Draw stars, and the share of suspected binaries, by number of rows and scatter.
+
+    ``stars``, ``variable``: in each of the N_VELOCITY cells.
+    """
+    if not stars.any():
+        return None
+    n, varies = (one.reshape(_VELOCITIES).T.astype(np.float64) for one in (stars, variable))
+    used = np.flatnonzero(n.any(axis=1))
+    last = 1 + int(np.flatnonzero(n.any(axis=0)).max())
+    n[n == 0] = np.nan
+    edges = np.arange(last + 1.0) - 0.5, np.asarray(np.logspace(*_SCATTER), np.float64)
+    figure = new_figure(2.9)
+    grid = figure.subplots(1, 2, sharey=True)
+    norms: tuple[Normalize, ...] = (
+        LogNorm(1, max(float(np.nanmax(n)), 10)),
+        PowerNorm(0.5, 0, 100),
+    )
+    shown = (n, "stars", DENSITY_MAP), (100 * varies / n, "suspected binaries [%]", SHARE_MAP)
+    for axes, norm, (values, text, colors) in zip(grid, norms, shown, strict=True):
+        image = _mesh(axes, *edges, values[:, :last], norm, colors)
+        axes.set(yscale="log", xlim=(1.5, last - 0.5), xlabel="observations of the star")
+        axes.set_ylim(edges[1][used[0]], edges[1][used[-1] + 1])
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        plain_log_ticks(axes.yaxis)
+        figure.colorbar(image, ax=axes, label=text, aspect=30, pad=0.02)
+    grid[0].set_ylabel("scatter of its RV [km/s]")
+    facts = {"stars": int(stars.sum()), "variable": int(variable.sum()), "most": _MOST_ROWS}
+    return Drawn("Radial velocities that vary", figure, facts)
+
+
+def error_cells(errors: FloatArray) -> IntArray:
+    """Cell of every error by its logarithm; -1 where it is unknown."""
+    known = np.log10(np.where(errors > 0, errors, np.nan))
+    return _cells_2d((known,), _ERRORS[:2], _ERRORS[2:])
+
+
+def typical_errors(counts: IntArray) -> tuple[float, float, float]:
+    """Median, 16th and 84th percentile of errors that are counted in the N_ERRORS cells."""
+    low, high, n = _ERRORS
+    centres = low + (np.arange(n) + 0.5) * (high - low) / n
+    found = np.quantile(centres, (0.5, 0.16, 0.84), weights=counts, method="inverted_cdf")
+    middle, low, high = (10.0**found).tolist()
+    return middle, low, high
 
 
 # --- the plane of Teff and log g ----------------------------------------------------------------

@@ -72,7 +72,8 @@ class Build:
     ``choice``: why the method was chosen, and the figures of all. ``method``: the one that corrects
     the catalog; empty without one. ``models``: their directories by method, the chosen one first.
     ``labels``: units of the labels of the problem. ``target``, ``references``: names of the survey
-    that is corrected and of the others. ``reference``: what to call the reference.
+    that is corrected and of the others. ``reference``: what to call the reference. ``unified``: the
+    products are those of the unified catalog, whose labels count.
     """
 
     def __init__(self, directories: Mapping[str, Path], manifests: Mapping[str, Manifest]) -> None:
@@ -87,6 +88,11 @@ class Build:
         self.models = dict(sorted(models.items(), key=lambda item: item[0] != self.method))
         self.problem = Problem(**self.summary("evidence").get("problem", {}))
         self.labels: Labels = {x.name: _UNITS.get(x.unit, x.unit) for x in self.problem.labels}
+        self.unified = "sos" in directories and not self.method
+        if self.unified:
+            schema, given = self.counted["sos"].schema, manifests["sos"].recipe.params["settings"]
+            units = {x: (schema.field(x).metadata or {}).get(b"unit", b"") for x in given["labels"]}
+            self.labels = {x: _UNITS.get(y.decode(), y.decode()) for x, y in units.items()}
         self.surveys = [name.removesuffix(f".{OBSERVATIONS}") for name in self.of(OBSERVATIONS)]
         self.target = self.one(CORRECTED).split(".")[0] if self.one(CORRECTED) else "target"
         self.references = [name for name in self.surveys if name != self.target]
@@ -131,7 +137,8 @@ class Build:
     @cached_property
     def counted(self) -> dict[str, Catalog]:
         """Catalogs whose rows are counted in cells of the sky or a plane."""
-        kinds = (OBSERVATIONS, PAIRS, CORRECTED, *["projection"] * (self.scores is not None))
+        kinds = [OBSERVATIONS, PAIRS, CORRECTED, *["projection"] * (self.scores is not None)]
+        kinds += ["sos"] * self.unified
         names = [name for kind in kinds for name in self.of(kind)]
         return {name: Catalog.open(self.directories[name]) for name in names}
 
@@ -161,7 +168,7 @@ class Table(NamedTuple):
     strong: frozenset[int] = frozenset()
 
 
-def _tabulate(
+def tabulate(
     items: Iterable[Any], columns: Columns, strong: Callable[[Any], bool] = lambda item: False
 ) -> Table:
     """Lay out items, a row for each; columns by header: a key, or what gives the text."""
@@ -188,7 +195,7 @@ def _plain(table: pa.Table | None) -> Table | None:
         return None
     kinds = {x.name: pa.types.is_floating(x.type) or pa.types.is_integer(x.type)
              for x in table.schema}  # fmt: skip
-    return _tabulate(table.to_pylist(), {">" * kind + name: name for name, kind in kinds.items()})
+    return tabulate(table.to_pylist(), {">" * kind + name: name for name, kind in kinds.items()})
 
 
 def _account(build: Build) -> Table:
@@ -203,7 +210,7 @@ def _account(build: Build) -> Table:
         "product": "product", ">rows in": "n_in", ">rows out": "n_out", ">rejected": "rejected",
         "dropped, +added": reasons,
     }  # fmt: skip
-    return _tabulate([one for one in items if one["n_in"] or one["n_out"]], columns)
+    return tabulate([one for one in items if one["n_in"] or one["n_out"]], columns)
 
 
 def cuts(manifest: Manifest) -> Table:
@@ -220,19 +227,21 @@ def cuts(manifest: Manifest) -> Table:
         "cut": "cut", "a row passes if": "test", ">rows that fail": "n",
         ">share": lambda item: percent(item["n"], n_rows),
     }  # fmt: skip
-    return _tabulate(items, columns, lambda item: item is items[-1])
+    return tabulate(items, columns, lambda item: item is items[-1])
 
 
-def _by_label(items: Iterable[Row], labels: Labels) -> list[Row]:
+def by_label(items: Iterable[Row], labels: Labels) -> list[Row]:
+    """Sort items by the order of the labels."""
     items = list(items)
     return [item for label in labels for item in items if item["label"] == label]
 
 
-def _label(labels: Labels) -> Callable[[Row], str]:
+def label_text(labels: Labels) -> Callable[[Row], str]:
+    """Name of the label with its unit."""
     return lambda item: f"{word(item['label'])} [{labels[item['label']]}]"
 
 
-def _value(labels: Labels, key: str, sign: bool = False) -> Callable[[Row], str]:
+def value_text(labels: Labels, key: str, sign: bool = False) -> Callable[[Row], str]:
     """Text of a value in the unit of the label."""
     return lambda item: number(item.get(key), labels[item["label"]], sign)
 
@@ -255,10 +264,10 @@ def comparison(table: pa.Table, labels: Labels, chosen: str, subset: str) -> Tab
         return lambda item: _interval(item["cells"].get(name), labels[item["label"]])
 
     columns: Columns = {
-        "label": _label(labels), "method": "method", "sample": "sample", ">pairs": "n",
+        "label": label_text(labels), "method": "method", "sample": "sample", ">pairs": "n",
         **{f">{_STATISTICS.get(name, name)}": cell(name) for name in statistics},
     }  # fmt: skip
-    return _tabulate(_by_label(items, labels), columns, lambda item: item["method"] == chosen)
+    return tabulate(by_label(items, labels), columns, lambda item: item["method"] == chosen)
 
 
 def failing(entries: Iterable[Row], method: str) -> Table:
@@ -269,7 +278,7 @@ def failing(entries: Iterable[Row], method: str) -> Table:
     }
     for kind in items[0]["counts"]:
         columns[f">{word(kind)}"] = lambda item, kind=kind: "/".join(map(str, item["counts"][kind]))
-    return _tabulate(items, columns, lambda item: item["label"] == ALL)
+    return tabulate(items, columns, lambda item: item["label"] == ALL)
 
 
 def _interval(cell: Row | None, unit: str) -> str:
@@ -290,13 +299,13 @@ def _agreements(items: Iterable[Row], labels: Labels) -> Table | None:
     """Whether two references agree over the bins of each quantity."""
     columns: Columns = {
         "difference": lambda item: f"{item['second']} − {item['first']}",
-        "label": _label(labels),
+        "label": label_text(labels),
         "in bins of": lambda item: word(item["against"]),
         "through": lambda item: "target" if item["by"] == "target" else "stars in both",
         ">bins": "n_bins",
-        ">median": _value(labels, "median", True),
-        ">rms": _value(labels, "rms"),
-        ">excess": _value(labels, "excess"),
+        ">median": value_text(labels, "median", True),
+        ">rms": value_text(labels, "rms"),
+        ">excess": value_text(labels, "excess"),
         ">beyond 3σ": "n_significant",
         ">chance": lambda item: f"{item['p_value']:.1g}",
     }
@@ -305,7 +314,7 @@ def _agreements(items: Iterable[Row], labels: Labels) -> Table | None:
         for item in items
         if item["binning"] == "equal-width" and item["n_bins"] and "," not in item["against"]
     ]
-    return _tabulate(shown, columns, lambda item: item["p_value"] < 0.001) if items else None
+    return tabulate(shown, columns, lambda item: item["p_value"] < 0.001) if items else None
 
 
 def follow_up(maps: pa.Table, steps: Mapping[str, float], labels: Labels) -> Table:
@@ -319,7 +328,7 @@ def follow_up(maps: pa.Table, steps: Mapping[str, float], labels: Labels) -> Tab
         **{f"{word(name)} [{labels.get(name, '')}]": region(name) for name in steps},
         ">rows outside": "outside", ">all rows": "rows", ">G [mag]": "phot_g_mean_mag",
     }  # fmt: skip
-    return _tabulate(most_outside(maps), columns)
+    return tabulate(most_outside(maps), columns)
 
 
 def left_out(table: pa.Table, labels: Labels, method: str) -> Table:
@@ -332,14 +341,14 @@ def left_out(table: pa.Table, labels: Labels, method: str) -> Table:
         for row in select(table, method=method).to_pylist()
     ]  # fmt: skip
     columns: dict[str, Any] = {
-        "label": _label(labels), "split": "split", "group left out": group_words,
+        "label": label_text(labels), "split": "split", "group left out": group_words,
         ">trained on": "n_train", ">pairs left out": "n",
     }  # fmt: skip
     for name, key, sign in (("median", "median", True), ("scatter", "mad", False)):
-        columns[f">{name} uncorrected"] = _value(labels, f"raw_{key}", sign)
-        columns[f">{name} left out"] = _value(labels, key, sign)
-        columns[f">{name} not left out"] = _value(labels, f"{key}_random", sign)
-    return _tabulate(_by_label(items, labels), {**columns, ">pairs not left out": "n_random"})
+        columns[f">{name} uncorrected"] = value_text(labels, f"raw_{key}", sign)
+        columns[f">{name} left out"] = value_text(labels, key, sign)
+        columns[f">{name} not left out"] = value_text(labels, f"{key}_random", sign)
+    return tabulate(by_label(items, labels), {**columns, ">pairs not left out": "n_random"})
 
 
 def short_intervals(table: pa.Table) -> list[Row]:
@@ -351,7 +360,7 @@ def short_intervals(table: pa.Table) -> list[Row]:
 def gains(items: Iterable[Row], labels: Labels, chosen: str) -> list[Row]:
     """Scatter of each label before and after the chosen method, on held-out pairs, as text."""
     found: list[Row] = []
-    for item in _by_label(items, labels):
+    for item in by_label(items, labels):
         if item["method"] == chosen:
             before, after = item["scatter_before"], item["scatter_after"]
             digits = 0 if labels[item["label"]] == "K" else 3
@@ -374,22 +383,33 @@ def _disagreeing(items: Iterable[Row], labels: Labels) -> list[Row]:
     return [item for item in found.values() if item["n_significant"]]
 
 
-def tables(build: Build, steps: Mapping[str, float], files: Row, software: Row) -> dict[str, Any]:
-    """Make all tables of the page by the names that its template gives them.
+def of_every_page(build: Build, files: Row, software: Row) -> dict[str, Any]:
+    """Make the tables of counts and provenance.
 
-    ``steps``: width of a region of label space. ``files``: names of survey files by SHA-256.
-    ``software``: versions.
+    ``files``: names of survey files by SHA-256. ``software``: versions.
     """
-    labels, method = build.labels, build.method
     observed = {name: build.manifests[f"{name}.{OBSERVATIONS}"] for name in build.surveys}
-    agreed = build.summary("trends").get("agreements", ())
     hashes = [(survey, files.get(digest, ""), digest) for survey, manifest in observed.items()
               for digest in manifest.recipe.inputs.values()]  # fmt: skip
     products = [(name, one.recipe.stage, str(one.recipe.version), one.fingerprint)
                 for name, one in build.manifests.items()]  # fmt: skip
-    found: dict[str, Any] = {
+    return {
         "account": _account(build),
         "cuts": {name: cuts(manifest) for name, manifest in observed.items()},
+        "inputs": Table(("survey", "file", "SHA-256"), tuple(hashes)),
+        "products": Table(("product", "stage", ">version", "fingerprint"), tuple(products)),
+        "software": Table(("package", "version"), tuple(software.items())),
+    }
+
+
+def tables(build: Build, found: dict[str, Any], steps: Mapping[str, float]) -> dict[str, Any]:
+    """Add all tables of the page of a target by the names that its template gives them.
+
+    ``steps``: width of a region of label space.
+    """
+    labels, method = build.labels, build.method
+    agreed = build.summary("trends").get("agreements", ())
+    found |= {
         "gains": gains(build.choice.get("metrics", ()), labels, method),
         "disagreeing": _disagreeing(agreed, labels),
         "agreements": _agreements(agreed, labels),
@@ -401,16 +421,13 @@ def tables(build: Build, steps: Mapping[str, float], files: Row, software: Row) 
         "comparison": {},
         "failing": {},
         "left_out": {},
-        "inputs": Table(("survey", "file", "SHA-256"), tuple(hashes)),
-        "products": Table(("product", "stage", ">version", "fingerprint"), tuple(products)),
-        "software": Table(("package", "version"), tuple(software.items())),
     }
     if (table := build.table("comparison")) is not None:
         subsets = ordered(table["subset"].to_pylist(), SUBSETS)
         found["comparison"] = {one: comparison(table, labels, method, one) for one in subsets}
         worst = select(table, sample=TEST, subset=ALL, statistic="worst_bin", method=method)
         known = [row for row in worst.to_pylist() if row["value"] is not None]
-        found["worst"] = _by_label(known, labels)
+        found["worst"] = by_label(known, labels)
     if entries := build.choice.get("failing"):
         methods = ordered([one["method"] for one in entries], (method, NONE))
         found["failing"] = {one: failing(entries, one) for one in methods}
@@ -418,7 +435,7 @@ def tables(build: Build, steps: Mapping[str, float], files: Row, software: Row) 
         found["short"] = short_intervals(table)
     if flags := build.summary(CORRECTED).get("flags"):
         n_rows = build.manifests[build.one(CORRECTED)].rows.n_out
-        found["flags"] = _tabulate(
+        found["flags"] = tabulate(
             sorted(flags.items(), key=lambda item: (-item[1], item[0])),
             {"meaning": lambda item: readable(item[0]), ">rows": lambda item: f"{item[1]:,}",
              ">share": lambda item: percent(item[1], n_rows)},
@@ -473,7 +490,8 @@ def html(
     )  # fmt: skip
     texts = {one.__name__: one for one in (listed, number, percent, readable, word)}
     environment.filters |= {"count": lambda n: f"{n:,}", **texts}
-    return environment.get_template("report.html").render(
+    name = "unified.html" if build.unified else "report.html"
+    return environment.get_template(name).render(
         build=build, pictures=pictures, tables=tables, formulas=formulas, job=job,
         job_text=job_text, version=version, rule=RULE,
     )  # fmt: skip

@@ -169,7 +169,7 @@ def tidy_ticks(axes: Axes, n_x: int = 4, n_y: int = 4) -> None:
 def plain_log_ticks(axis: Axis) -> None:
     """Plain numbers at 1, 2 and 5 of each decade, or at the decades of a wide axis."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 

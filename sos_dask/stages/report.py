@@ -26,9 +26,9 @@ from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.evidence.coverage_maps import SKY_ORDER, STEPS
 from sos_dask.problem import SNR
 from sos_dask.report import figures as panels
-from sos_dask.report import maps, page
+from sos_dask.report import maps, page, unified
 from sos_dask.report.page import Build
-from sos_dask.report.style import Drawn, render, word
+from sos_dask.report.style import Drawn, Labels, render, word
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
@@ -36,6 +36,7 @@ from sos_dask.stages.base import Made, Place, Role, Run, Stage, by_pixel, places
 from sos_dask.stages.evidence import read_evidence
 from sos_dask.stages.projection import load_projection
 from sos_dask.stages.sample import read_sample
+from sos_dask.stages.unify import FLAG_VARIABLE, MEANINGS
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import FileRecord, Recipe, Rows, local_copy
@@ -82,7 +83,7 @@ class ReportStage(Stage[ReportSettings]):
     """Make the page and its figures; see `report`."""
 
     name = "report"
-    version = 7
+    version = 8
     Settings = ReportSettings
     roles = (Role("product", "A product of the rebuild, by its name.", "output", many=True),)
 
@@ -103,7 +104,7 @@ class ReportStage(Stage[ReportSettings]):
 
     def check(self) -> None:
         """Refuse products without a chosen method."""
-        if not self.build.method:
+        if not self.build.method and not self.build.unified:
             raise ConfigError(
                 "there is nothing to report: no method was chosen among these products",
                 "Give the products of a complete rebuild.",
@@ -121,10 +122,15 @@ class ReportStage(Stage[ReportSettings]):
             run.files.extend(FileRecord(**file) for file in record["files"])
             png = (run.output.directory / f"figures/{key}.png").read_bytes()
             pictures[key] = page.Picture(record["title"], record["facts"], png)
+        tables = page.of_every_page(build, settings.files, settings.software)
+        if build.unified:
+            tables = unified.tables(build, tables, _sums(run.output, build, "sos"), MEANINGS)
+        else:
+            tables = page.tables(build, tables, STEPS["labels"])
         text = page.html(
             build,
             pictures,
-            page.tables(build, STEPS["labels"], settings.files, settings.software),
+            tables,
             job=settings.job,
             job_text=settings.job_text,
             version=settings.software.get("sos-dask", ""),
@@ -143,6 +149,8 @@ class ReportStage(Stage[ReportSettings]):
             found = _count_places(catalog, pixel, build.scores, _plane(build))
         elif product in build.of(page.CORRECTED):
             found = _count_kiel(catalog, pixel, build.labels)
+        elif product == "sos":
+            found = _count_stars(catalog, pixel, build)
         else:
             cells = catalog.read(pixel, [HEALPIX_COLUMN])[HEALPIX_COLUMN].to_numpy()
             found = {"sky": _count(cells >> 2 * (MAX_ORDER - maps.ORDER), maps.N_SKY)}
@@ -192,6 +200,26 @@ def _count_kiel(catalog: Catalog, pixel: HealpixPixel, labels: Iterable[str]) ->
     return found
 
 
+def _count_stars(catalog: Catalog, pixel: HealpixPixel, build: Build) -> Counts:
+    """Stars on the sky, by number of surveys and variation, and errors of the surveys."""
+    errors = {f"{label}:{survey}": f"{label}_err_{survey.replace('-', '_')}"
+              for label in build.labels for survey in build.surveys}  # fmt: skip
+    several = {label: f"{label}_n" for label in build.labels}
+    names = [HEALPIX_COLUMN, "n_surveys", "n_obs", "flag_sos", "rv_scatter"]
+    table = catalog.read(pixel, catalog.columns([*names, *errors.values(), *several.values()]))
+    cells = table[HEALPIX_COLUMN].to_numpy() >> 2 * (MAX_ORDER - maps.ORDER)
+    found = {"sky": cells, "surveys": table["n_surveys"].to_numpy().astype(np.int64)}
+    if "rv_scatter" in table.schema.names:
+        at = maps.velocity_cells(table["n_obs"].to_numpy(), floats_or_nan(table, "rv_scatter"))
+        varies = table["flag_sos"].to_numpy() & FLAG_VARIABLE != 0
+        found |= {"velocity": at, "variable": np.where(varies, at, -1)}
+    for key, name in errors.items():
+        if name in table.schema.names:
+            compared = table[several[key.partition(":")[0]]].to_numpy() > 1
+            found[key] = np.where(compared, maps.error_cells(floats_or_nan(table, name)), -1)
+    return {what: _count(at, maps.N_SKY) for what, at in found.items()}
+
+
 def _count_places(
     catalog: Catalog, pixel: HealpixPixel, scores: Catalog, plane: maps.Plane
 ) -> Counts:
@@ -228,6 +256,8 @@ def figures(build: Build) -> dict[str, Draw]:
     labels, method, target = build.labels, build.method, build.target
     limits = build.summary("coverage").get("limits", {})
     found: dict[str, Draw] = {"sky": partial(_sky, build)}
+    if build.unified:
+        return found | _unified(build)
     if _has_rows(build, build.one(page.CORRECTED)):
         found["kiel"] = lambda counts: maps.kiel_figure(
             *(counts(build.one(page.CORRECTED))[when] for when in ("before", "after"))
@@ -261,12 +291,38 @@ def figures(build: Build) -> dict[str, Draw]:
     return found
 
 
+def _unified(build: Build) -> dict[str, Draw]:
+    """How to draw the figures of the unified catalog."""
+    labels, errors = build.labels, build.summary("sos")["errors"]
+    found: dict[str, Draw] = {
+        "pairs": lambda counts: unified.pairs_figure(errors, labels),
+        "errors": lambda counts: unified.errors_figure(
+            errors,
+            {x: one[: maps.N_ERRORS] for x, one in counts("sos").items() if ":" in x},
+            labels,
+            build.surveys,
+        ),
+    }
+    if "rv" in labels:
+        found["velocities"] = lambda counts: maps.velocity_figure(
+            *(counts("sos")[what][: maps.N_VELOCITY] for what in ("velocity", "variable"))
+        )
+    for name, rows in unified.validations(build.directories).items():
+        found[f"validation-{name}"] = partial(_validation, name, rows, labels)
+    return found
+
+
+def _validation(name: str, rows: list[page.Row], labels: Labels, counts: CountsOf) -> Drawn | None:
+    return unified.validation_figure(name, rows, labels)
+
+
 def _has_rows(build: Build, product: str) -> bool:
     return product in build.counted and bool(build.counted[product].pixels)
 
 
 def _sky(build: Build, counts: CountsOf) -> Drawn | None:
-    names = {f"{name}.{page.OBSERVATIONS}": name for name in (build.target, *build.references)}
+    names = {"sos": "unified catalog"}
+    names |= {f"{name}.{page.OBSERVATIONS}": name for name in (build.target, *build.references)}
     names[build.one(page.PAIRS)] = f"pairs of {build.target} and {build.reference}"
     return maps.sky_figure(
         {text: counts(name)["sky"] for name, text in names.items() if _has_rows(build, name)}
@@ -351,6 +407,6 @@ def of_build(store: Path) -> ReportStage:
     settings = ReportSettings(
         job=document["job"], job_text=document["job_file"], files=file_names(store)
     )
-    names = [name for name in document["products"] if name != "report"]
+    names = [name for name in document["products"] if name.split(".")[-1] != "report"]
     products = {f"product.{name}": page.home_of(name, (current / name).resolve()) for name in names}
     return ReportStage(products, settings)

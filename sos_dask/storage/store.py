@@ -233,7 +233,7 @@ def current_product(store: Path, kind: str) -> Path:
         if f".{name}".endswith(f".{kind}"):
             return (store / "current" / name).resolve()
     alike = [name for name in products if name.split(".")[-1] == kind.rsplit(".", maxsplit=1)[-1]]
-    hint = "It was made by another version: run the rebuild again."
+    hint = "Its job does not ask for it, or another version made it: run the rebuild again."
     hint = f"It has: {', '.join(alike)}." if alike else hint
     raise CatalogError(f"the current build of {store} has no product '{kind}'", hint)
 

@@ -89,9 +89,10 @@ COMMANDS = sorted(
 
 def test_the_commands_are_these():
     assert COMMANDS == [
-        "apply", "attach", "builds", "compare", "coverage", "crossmatch", "dedupe", "demo", "diff",
-        "export", "gc", "ingest", "publish", "rebuild", "reference", "report", "rollback",
-        "simulate", "status", "surveys", "train", "trends", "uncertainty", "unify", "verify",
+        "agreement", "apply", "attach", "builds", "compare", "coverage", "crossmatch", "dedupe",
+        "demo", "diff", "export", "gc", "ingest", "publish", "rebuild", "reference", "report",
+        "rollback", "simulate", "status", "surveys", "train", "trends", "uncertainty", "unify",
+        "verify",
     ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from sos_dask.errors import ConfigError, SosError
 from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.rebuild.plan import Plan, steps
+from sos_dask.stages.report import PAGE, figures
 from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import verify
 from tests.job import write_job
@@ -194,6 +195,36 @@ def test_stars_that_are_known_are_compared(halves, small_sky):
     [of_teff] = [one for one in manifest.summary["groups"] if one["label"] == "teff"]
     assert of_teff["groups"] == 3 and of_teff["scatter_fell"] >= 2
     assert of_teff["survey_spread_after"] < of_teff["survey_spread_before"]
+
+
+def test_the_unified_catalog_has_a_page_and_a_view(halves, small_sky, cli, monkeypatch):
+    file = job_of(halves, small_sky, TWO)
+    if not (halves / "store").exists():
+        rebuild(load_job(file))
+    # Figures of the targets are another test's matter, and they take long to draw.
+    monkeypatch.setattr(
+        "sos_dask.stages.report.figures", lambda build: figures(build) if build.unified else {}
+    )
+    file.write_text(file.read_text().replace("enabled = false", "enabled = true"))
+    assert steps(load_job(file))[-1].product == "sos.report"
+    made = rebuild(load_job(file)).path
+    manifest, sos = (Manifest.load(made / name) for name in ("sos.report", "sos"))
+    assert set(manifest.summary["figures"]) == {"sky", "pairs", "errors", "velocities"}
+    text = (made / "sos.report" / PAGE).read_text()
+    n_surveys = pa.compute.value_counts(rows_of(made / "sos")["n_surveys"]).to_pylist()
+    assert sum(one["counts"] for one in n_surveys) == sos.rows.n_out
+    for n in [sos.rows.n_in, sos.rows.n_out, *(one["counts"] for one in n_surveys),
+              *sos.summary["flags"].values(), *sos.summary["rows"].values()]:  # fmt: skip
+        assert f">{n:,}</td>" in text, n
+    found = cli("agreement", "--store", halves / "store", "--label", "feh", "--json").json
+    assert found["errors"] == [x for x in sos.summary["errors"] if x["label"] == "feh"] != []
+    shown = cli("agreement", "--store", halves / "store")
+    assert shown.code == 0 and f"{sos.rows.n_out:,} stars" in shown.out
+    [one] = [x for x in found["errors"] if (x["survey"], x.get("other")) == ("apogee", "galah")
+             and "offset" in x]  # fmt: skip
+    assert re.search(rf"feh \[dex\] +apogee +galah +{one['n']:,} ", shown.out)
+    wrong = cli("agreement", "--store", halves / "store", "--label", "mg")
+    assert wrong.code == 3 and "'mg' is not one of teff" in wrong.err
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def page_with(folder: Path, kind: str, file: str, table: pa.Table) -> tuple[dict
     made = {name: Manifest(Recipe(name, 1, {}, {}), Rows(0, 0), (), of)
             for name, of in summaries.items()}  # fmt: skip
     build = Build({"comparison": folder, kind: folder / kind}, made)
-    tables = page.tables(build, {}, {}, {})
+    tables = page.tables(build, page.of_every_page(build, {}, {}), {})
     text = html(build, {}, tables, job="j", job_text="", version="1")
     return tables, text.replace("&nbsp;", " ")
 

@@ -40,10 +40,7 @@ class Correction:
     def load(cls, path: str | PathLike[str], errors: str | PathLike[str] | None = None) -> Self:
         """Read a model that train or a rebuild has written, and optionally its uncertainty.
 
-        Raises
-        ------
-        ModelError
-            A file is missing or changed, or the errors are those of another model.
+        Raises `ModelError`: a file is missing or changed, or the errors are those of another model.
         """
         model = corrections.load(local_copy(as_path(path)))
         if errors is None:

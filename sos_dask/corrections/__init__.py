@@ -89,28 +89,14 @@ def fit(
     params: Mapping[str, Any] | None = None,
     client: Any = None,
 ) -> Correction:
-    """Fit a correction.
+    """Fit a correction by one of the `methods`, with parameters of `check_params`.
 
-    Parameters
-    ----------
-    method : str
-        One of `methods`.
-    source : TrainingSource
-    train_folds : sequence of int, optional
-        Only pairs of these folds are used; None: all pairs.
-    params : mapping, optional
-        See `check_params`.
-    client : distributed.Client, optional
-        Batches are loaded and worked on by its workers; None: in this process.
+    Only pairs of the ``train_folds`` are used, by default all. Batches are loaded and worked on by
+    the workers of a client of Dask; without one in this process.
 
-    Raises
-    ------
-    ConfigError
-        Unknown method, or a wrong parameter.
-    ModelError
-        Too few pairs, a label that is never known, no GPU for ``device = "cuda"``.
-    ClusterError
-        The cluster lost its workers again and again.
+    Raises `ConfigError`: unknown method, or a wrong parameter; `ModelError`: too few pairs, a label
+    that is never known, no GPU for ``device = "cuda"``; `ClusterError`: the cluster lost its
+    workers again and again.
     """
     kind = class_of(method)
     settings = kind.parameters(**check_params(method, params or {}))
@@ -121,18 +107,10 @@ def fit(
 def load(directory: Path, *, check: bool = True) -> Correction:
     """Read a model that `Correction.save` wrote.
 
-    Parameters
-    ----------
-    directory : Path
-    check : bool
-        Compare the SHA-256 of its files with that stated; False only where another process of the
-        same command has done so: tables are large.
-
-    Raises
-    ------
-    ModelError
-        A file is missing or not the one that was saved, the format is that of another version, or
-        the method is not known.
+    ``check`` compares the SHA-256 of its files with that stated; false only where another process
+    of the same command has done so: tables are large. Raises `ModelError` where a file is missing
+    or not the one that was saved, the format is that of another version, or the method is not
+    known.
     """
     path = Path(directory) / MODEL_FILE
     hint = "A model is a directory that 'sos-dask train' has written."

@@ -312,20 +312,11 @@ class Correction(abc.ABC):
         return self.info.problem
 
     def predict(self, features: Float32Array) -> Float32Array:
-        """Predicted differences target - reference.
+        """Predicted differences target - reference of inputs (n, k), those of `Problem.matrix`.
 
-        A row's prediction does not depend on the other rows.
-
-        Parameters
-        ----------
-        features : ndarray of float32, shape (n, k)
-            Inputs of the problem (`Problem.matrix`).
-
-        Returns
-        -------
-        ndarray of float32, shape (n, l)
-            In the units of the labels, each column contiguous. nan in all labels where any input
-            is nan or infinite.
+        They have shape (n, l), in the units of the labels, each column contiguous; nan in all
+        labels where any input is nan or infinite. A row's prediction does not depend on the other
+        rows.
         """
         x, low, high = self._checked(features)
         out = np.empty((len(self.problem.names), len(x)), dtype=np.float32).T

@@ -85,30 +85,14 @@ def rebuild(
 ) -> Build:
     """Run what has changed and publish the products, if the gate lets them pass.
 
-    Parameters
-    ----------
-    job : Job
-    store : Path, optional
-        Default: that of the job.
-    cluster : Cluster or callable, optional
-        Runs the tasks, or gives a context manager of what does; it is entered only if a stage runs.
-        Default: tasks run in this process.
-    report : Report
-    watch : Watch, optional
+    The store is by default that of the job. The cluster runs the tasks, or gives a context manager
+    of what does, which is entered only if a stage runs; by default tasks run in this process.
 
-    Returns
-    -------
-    Build
-
-    Raises
-    ------
-    CatalogError
-        A file of a product is not the one that was written: nothing is published. The SHA-256 of
-        all files are compared, or their bytes (``[publish] check = "size"``; always of those that
-        this run has written).
-    GateError
-        The figures of the build are outside of the limits of the job (``[gate]``), or a rollback
-        has withdrawn it: it is kept, and not published.
+    Raises `CatalogError` where a file of a product is not the one that was written: nothing is
+    published. The SHA-256 of all files are compared, or their bytes (``[publish] check = "size"``;
+    always of those that this run has written). Raises `GateError` where the figures of the build
+    are outside of the limits of the job (``[gate]``), or a rollback has withdrawn it: it is kept,
+    and not published.
     """
     plan = Plan(job, store)
     store, watch = plan.store, watch or Watch()

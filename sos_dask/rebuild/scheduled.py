@@ -87,25 +87,9 @@ def scheduled(
 ) -> Build:
     """Run a rebuild as `rebuild` does, under the lock of the store, with a log there.
 
-    Parameters
-    ----------
-    job, store, cluster, report
-        See `rebuild`.
-    lock : bool
-        Without it, it runs beside another rebuild.
-    echo : callable, optional
-        Gets the lines of the log.
-    told : callable
-        Gets what the run will take, before it starts.
-
-    Raises
-    ------
-    LockedError
-        Another process works on the store.
-    GateError
-        See `rebuild`.
-    StorageError
-        What it will write does not fit on the disk.
+    Without the lock it runs beside another rebuild. ``echo`` gets the lines of the log, ``told``
+    what the run will take, before it starts. Raises `LockedError`: another process works on the
+    store; `GateError`: see `rebuild`; `StorageError`: what it will write does not fit on the disk.
     """
     store = as_path(store or job.resolve(job.store))
     if not (store / "artifacts").exists():

@@ -85,16 +85,10 @@ class _Seen:
 class Workers:
     """The workers that a client of Dask reaches.
 
-    Parameters
-    ----------
-    client : distributed.Client
-    timeout : float
-        Seconds without any worker that are too many; of silence of one, or of the scheduler, at
-        most 30 are.
-    own : bool
-        Whether this process has started them beside it: then they have its package and files.
-    settings, environment : mapping
-        Settings of Dask, and variables of the environment, that workers should have.
+    ``timeout``: seconds without any worker that are too many; of silence of one, or of the
+    scheduler, at most 30 are. ``own``: this process has started them beside it, so they have its
+    package and files. ``settings`` of Dask and variables of the ``environment`` are what workers
+    should have.
     """
 
     client: Any

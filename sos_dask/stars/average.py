@@ -63,19 +63,9 @@ def survey_means(
 ) -> Means:
     """Average the rows of each star in each survey.
 
-    Parameters
-    ----------
-    value, error : ndarray of float64, shape (r,)
-        Of rows, nan where unknown; errors that are not positive are unknown.
-    star, survey : ndarray of int64, shape (r,)
-        Numbers of star and survey.
-    shape : tuple of int
-        Number of stars n and of surveys s.
-    clip : float
-
-    Returns
-    -------
-    Means
+    The ``shape`` is the number of stars and of surveys. Values and errors (r,) are nan where
+    unknown; errors that are not positive are unknown, too. Stars and surveys (r,) are numbered from
+    0.
     """
     group = star * shape[1] + survey
     n_groups = shape[0] * shape[1]
@@ -160,23 +150,12 @@ def floors(
 ) -> tuple[FloatArray, FloatArray, list[dict[str, Any]]]:
     """Measure the floors of the errors of surveys by stars in common.
 
-    Parameters
-    ----------
-    value, error : ndarray of float, shape (n, s)
-        Means of the surveys of stars, nan where unknown.
-    surveys : sequence of str
-        Their names.
-
-    Returns
-    -------
-    floor : ndarray of float64, shape (s,)
-        0 where a survey cannot be compared.
-    correlation : ndarray of float64, shape (s, s)
-        Of the errors of two surveys, from 0 to 0.9; of a survey with itself 1.
-    found : list of dict
-        A row for each two surveys: ``survey``, ``other``, ``n`` stars in common, ``offset``
-        (median of survey - other), ``scatter`` of it, ``width`` (scatter in units of the stated
-        errors), ``correlation``; then a row for each survey: its ``floor``.
+    Values and errors (n, s) are means of the surveys of stars, nan where unknown. Gives the floors
+    (s,), 0 where a survey cannot be compared; the correlations (s, s) of the errors of two surveys,
+    from 0 to 0.9, of a survey with itself 1; and a row for each two surveys: ``survey``, ``other``,
+    ``n`` stars in common, ``offset`` (median of survey - other), ``scatter`` of it, ``width``
+    (scatter in units of the stated errors), ``correlation``; then a row for each survey: its
+    ``floor``.
     """
     found: list[dict[str, Any]] = []
     excess: dict[tuple[int, int], tuple[float, float]] = {}  # and its weight

@@ -168,8 +168,7 @@ def open_catalogs(
     for key in keys or ():
         if key not in names:
             raise ConfigError(
-                f"--key {key}: no catalog of another program has such a column",
-                nearest(key, names),
+                f"--key {key}: no catalog of another program has such a column", nearest(key, names)
             )
     for number, one in enumerate(opened):
         key = next((key for key in keys or () if key in one.schema.names), "")

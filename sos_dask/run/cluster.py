@@ -112,11 +112,7 @@ class Cluster:
         return {"": time.process_time(), **there}
 
     def run(
-        self,
-        function: Callable[[T], R],
-        tasks: Sequence[T],
-        step: str,
-        report: Report = silent,
+        self, function: Callable[[T], R], tasks: Sequence[T], step: str, report: Report = silent
     ) -> list[R]:
         """Run a function for every task; results in the order of the tasks.
 

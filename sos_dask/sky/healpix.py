@@ -70,8 +70,7 @@ class HealpixPixel:
             order, pixel = (int(part) for part in text.split(":"))
         except ValueError:
             raise ConfigError(
-                f"'{text}' is not a HEALPix pixel",
-                "Write order:pixel, for example 2:44.",
+                f"'{text}' is not a HEALPix pixel", "Write order:pixel, for example 2:44."
             ) from None
         return cls(order, pixel)
 
@@ -139,10 +138,7 @@ def in_ranges(cells29: IntArray, ranges: Ranges) -> NDArray[np.bool_]:
 
 
 def plan_partitions(
-    histogram: IntArray,
-    order: int,
-    rows_per_partition: int,
-    max_order: int | None = None,
+    histogram: IntArray, order: int, rows_per_partition: int, max_order: int | None = None
 ) -> list[HealpixPixel]:
     """Split the sky until each pixel holds at most so many rows.
 
@@ -185,11 +181,7 @@ def separation_arcsec(
 
 
 def propagate(
-    ra: FloatArray,
-    dec: FloatArray,
-    pmra: FloatArray,
-    pmdec: FloatArray,
-    years: FloatArray | float,
+    ra: FloatArray, dec: FloatArray, pmra: FloatArray, pmdec: FloatArray, years: FloatArray | float
 ) -> tuple[FloatArray, FloatArray]:
     """Move positions in degrees along great circles by their proper motions in mas/yr.
 

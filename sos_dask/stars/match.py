@@ -142,10 +142,7 @@ def at_epoch(table: pa.Table, epoch: float) -> pa.Table:
 
 
 def match(
-    left: pa.Table,
-    right: pa.Table,
-    settings: MatchSettings,
-    right_key: str | _KeysOf = "star_id",
+    left: pa.Table, right: pa.Table, settings: MatchSettings, right_key: str | _KeysOf = "star_id"
 ) -> Matches:
     """Find the pairs of two sky tables by the rule of this module.
 

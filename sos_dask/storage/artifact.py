@@ -296,11 +296,7 @@ class Output:
 
     @classmethod
     def prepare(
-        cls,
-        directory: Path,
-        recipe: Recipe,
-        overwrite: bool = False,
-        inputs: Iterable[Path] = (),
+        cls, directory: Path, recipe: Recipe, overwrite: bool = False, inputs: Iterable[Path] = ()
     ) -> Output:
         """Claim a directory for a recipe; a partly finished run of the same recipe goes on.
 
@@ -413,11 +409,7 @@ class Output:
         return pa.ipc.open_file(pa.memory_map(str(local(self.piece(name))))).read_all()
 
     def put_record(
-        self,
-        kind: str,
-        key: str,
-        value: Mapping[str, Any],
-        reads: Mapping[str, Any] | None = None,
+        self, kind: str, key: str, value: Mapping[str, Any], reads: Mapping[str, Any] | None = None
     ) -> None:
         """Record that a part is finished: from now on it is skipped by a rerun.
 
@@ -449,10 +441,7 @@ class Output:
         return bool(found) and all(sum_of_file(self.directory / name) == n for name, n in pieces)
 
     def commit(
-        self,
-        rows: Rows,
-        files: tuple[FileRecord, ...],
-        summary: Mapping[str, Any] | None = None,
+        self, rows: Rows, files: tuple[FileRecord, ...], summary: Mapping[str, Any] | None = None
     ) -> Manifest:
         """Write the manifest and remove the intermediate files.
 

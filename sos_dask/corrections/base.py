@@ -135,8 +135,17 @@ class Training:
         what = f"{function.__name__}: a batch"
         return run_tasks(call, range(self.source.n_batches), self.client, what, advice)
 
+    @property
+    def n_rows(self) -> int:
+        """Number of training rows, which may be none."""
+        return sum(self.map(_n_rows))
+
     def _call(self, function: Callable[..., R], arguments: tuple[Any, ...], index: int) -> R:
         return function(self.rows(index), *arguments)
+
+
+def _n_rows(rows: Rows) -> int:
+    return len(rows.weight)
 
 
 def run_tasks(

@@ -35,7 +35,7 @@ from pydantic import Field
 
 from sos_dask.columns import Float32Array, FloatArray
 from sos_dask.corrections import base, boosted, polynomial
-from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Rows, Training
+from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Training
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.corrections.degrade import normals, with_noise
 from sos_dask.corrections.polynomial import PolynomialCorrection, least_pairs
@@ -275,8 +275,7 @@ class SimexCorrection(Correction):
         noise = partial(noisy, problem=problem)
         # Pairs without errors are left out of the fit without noise too.
         plain = replace(training, changes=(partial(noise, amount=0.0, seed=0),))
-        everything = replace(plain, folds=None)
-        if not any(everything.map(_n_rows)):
+        if not replace(plain, folds=None).n_rows:
             raise _no_errors(problem, "no pair has all of them")
         needed = least_pairs(len(problem.inputs))
         summary = base.summarise(plain, cls.method, settings, needed)
@@ -288,10 +287,6 @@ class SimexCorrection(Correction):
             change = partial(noise, amount=amount * settings.error_factor, seed=seed)
             parts.append(kind.fit(replace(training, changes=(change,)), of_base))
         return cls(summary.info, tuple(parts))
-
-
-def _n_rows(rows: Rows) -> int:
-    return len(rows.weight)
 
 
 def part_weights(replicas: int) -> FloatArray:

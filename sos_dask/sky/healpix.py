@@ -137,9 +137,7 @@ def in_ranges(cells29: IntArray, ranges: Ranges) -> NDArray[np.bool_]:
     return np.asarray(np.searchsorted(edges, cells29, side="right") % 2 == 1)
 
 
-def plan_partitions(
-    histogram: IntArray, order: int, rows_per_partition: int, max_order: int | None = None
-) -> list[HealpixPixel]:
+def plan_partitions(histogram: IntArray, order: int, rows_per_partition: int) -> list[HealpixPixel]:
     """Split the sky until each pixel holds at most so many rows.
 
     The histogram has the rows of each cell of an order, past which no pixel is split. The pixels
@@ -149,14 +147,13 @@ def plan_partitions(
     while len(levels[-1]) > 12:
         levels.append(levels[-1].reshape(-1, 4).sum(axis=1))
     levels.reverse()
-    deepest = order if max_order is None else min(order, max_order)
     pixels: list[HealpixPixel] = []
     open_pixels: IntArray = np.arange(12, dtype=np.int64)
-    for level in range(deepest + 1):
+    for level in range(order + 1):
         counts = levels[level][open_pixels]
-        done = (counts > 0) & ((counts <= rows_per_partition) | (level == deepest))
+        done = (counts > 0) & ((counts <= rows_per_partition) | (level == order))
         pixels += [HealpixPixel(level, int(p)) for p in open_pixels[done]]
-        split = open_pixels[counts > 0] if level < deepest else open_pixels[:0]
+        split = open_pixels[counts > 0] if level < order else open_pixels[:0]
         split = split[levels[level][split] > rows_per_partition]
         open_pixels = (split[:, None] * 4 + np.arange(4)).ravel()
     return sorted(pixels, key=lambda pixel: pixel.first)

@@ -213,21 +213,14 @@ def _shared(excess: dict[tuple[int, int], tuple[float, float]], n: int) -> Float
 
     if not excess:
         return np.zeros(n)
-    rows: list[FloatArray] = []
-    wanted: list[float] = []
-    least = 1e-3 * min(weight for _, weight in excess.values())
-    for pair, (one, weight) in excess.items():
-        row = np.zeros(n)
-        row[list(pair)] = weight
-        rows.append(row)
-        wanted.append(weight * one)
+    wanted = [(list(pair), weight, one) for pair, (one, weight) in excess.items()]
     # Two surveys alone do not tell whose it is: half each.
+    least = 1e-3 * min(weight for _, weight in excess.values())
     for number in range(n):
-        mine = [one / 2 for pair, (one, _) in excess.items() if number in pair]
-        if mine:
-            row = np.zeros(n)
-            row[number] = least
-            rows.append(row)
-            wanted.append(least * float(np.mean(mine)))
-    square, _ = nnls(np.array(rows), np.array(wanted))
+        if mine := [one / 2 for pair, (one, _) in excess.items() if number in pair]:
+            wanted.append(([number], least, float(np.mean(mine))))
+    rows = np.zeros((len(wanted), n))
+    for row, (places, weight, _) in zip(rows, wanted, strict=True):
+        row[places] = weight
+    square, _ = nnls(rows, np.array([weight * one for _, weight, one in wanted]))
     return np.asarray(np.sqrt(square))

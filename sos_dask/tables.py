@@ -108,10 +108,8 @@ def _kind(table: Any) -> tuple[list[Any], _Read, _Add]:
         known = getattr(sys.modules.get(module), kind, None)  # of one not imported there is none
         if known is not None and isinstance(table, known):
             return list(getattr(table, names)), read, add
-    raise ConfigError(
-        f"{type(table).__module__}.{type(table).__name__} is no table that can be corrected",
-        "Give an astropy Table, a pandas DataFrame or a pyarrow Table.",
-    )
+    what = f"{type(table).__module__}.{type(table).__name__} is no table that can be corrected"
+    raise ConfigError(what, "Give an astropy Table, a pandas DataFrame or a pyarrow Table.")
 
 
 def _numbers(read: _Read, table: Any, name: str, rows: slice, unit: str) -> Any:

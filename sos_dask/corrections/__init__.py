@@ -55,10 +55,8 @@ def methods() -> tuple[str, ...]:
 def class_of(method: str) -> type[Correction]:
     """Class of a method; `ConfigError` for an unknown one, with the nearest."""
     if method not in _METHODS:
-        raise ConfigError(
-            f"there is no method '{method}'",
-            nearest(method, methods()) or f"Known are: {', '.join(methods())}.",
-        )
+        what = f"there is no method '{method}'"
+        raise ConfigError(what, nearest(method, methods()) or f"Known are: {', '.join(methods())}.")
     return _METHODS[method]
 
 
@@ -122,10 +120,8 @@ def load(directory: Path, *, check: bool = True) -> Correction:
             "it again.",
         )
     if sealed(document) != document:
-        raise ModelError(
-            f"{path} was changed after the model was saved: its SHA-256 is another one",
-            "Restore it, or train the model again.",
-        )
+        what = f"{path} was changed after the model was saved: its SHA-256 is another one"
+        raise ModelError(what, "Restore it, or train the model again.")
     info, hashes = _stated(document, path)
     files: dict[str, base.Content] = {}
     for name, expected in hashes.items():

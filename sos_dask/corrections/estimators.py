@@ -380,7 +380,5 @@ def _on_workers(client: Any, method: str, graph: Any, keys: Any, **options: Any)
             workers.release(futures_of(futures))  # else they wait for these workers for ever
             if lost.__cause__ is not None:  # one after the other: Dask gave it to others before
                 break
-    raise ClusterError(
-        f"search of '{method}': a fit killed its worker again and again",
-        "Most often it ran out of memory: every fit needs all pairs. Give workers more.",
-    )
+    hint = "Most often it ran out of memory: every fit needs all pairs. Give workers more."
+    raise ClusterError(f"search of '{method}': a fit killed its worker again and again", hint)

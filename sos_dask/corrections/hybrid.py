@@ -145,10 +145,8 @@ class HybridCorrection(Correction):
         """Fit; see `sos_dask.corrections.fit`."""
         k = len(training.problem.inputs)
         if 2**k > MAX_NODES**3:
-            raise ModelError(
-                f"method 'hybrid' takes 21 inputs at most: these are {k}",
-                "Leave some out, or choose 'boosted', which takes any number.",
-            )
+            what = f"method 'hybrid' takes 21 inputs at most: these are {k}"
+            raise ModelError(what, "Leave some out, or choose 'boosted', which takes any number.")
         needed = max(least_pairs(k), settings.min_pairs)
         info = base.summarise(training, cls.method, settings, needed).info
         smooth = PolynomialCorrection.fit(training, _settings_of(PolynomialCorrection, settings))

@@ -285,10 +285,8 @@ def check_rule(rule: str, methods: Sequence[str]) -> None:
     """Raise `ConfigError` where a rule is neither known (see `choose`) nor one of the methods."""
     known = (BALANCED, SCATTER, *methods)
     if rule not in known:
-        raise ConfigError(
-            f"there is no rule '{rule}' to choose a method by",
-            nearest(rule, known) or f"Known are: {', '.join(known)}.",
-        )
+        what = f"there is no rule '{rule}' to choose a method by"
+        raise ConfigError(what, nearest(rule, known) or f"Known are: {', '.join(known)}.")
 
 
 def choose(

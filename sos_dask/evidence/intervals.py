@@ -170,10 +170,8 @@ class ErrorModel:
     def require(self, correction: str) -> None:
         """Raise `ModelError` unless these are the errors of the correction with this SHA-256."""
         if self.about["correction"] != correction:
-            raise ModelError(
-                "the error model was made for another correction",
-                "Give the one that was made from this model's held-out pairs.",
-            )
+            what = "the error model was made for another correction"
+            raise ModelError(what, "Give the one that was made from this model's held-out pairs.")
 
     def describe(self, label: str) -> tuple[str, str]:
         """Say what the half-widths of a label are: its own, and that of corrected - reference."""
@@ -260,10 +258,8 @@ def fit_label(held_out: HeldOut, label: str, grid: Grid, sparse: BoolArray) -> L
     rows = np.flatnonzero(known)
     n_parts = len(np.unique(held_out.part[rows]))
     if len(rows) < _MIN_PAIRS:
-        raise ModelError(
-            f"{label}: errors need {_MIN_PAIRS} held-out pairs, not {len(rows)}",
-            "Match more stars, or loosen the cuts.",
-        )
+        what = f"{label}: errors need {_MIN_PAIRS} held-out pairs, not {len(rows)}"
+        raise ModelError(what, "Match more stars, or loosen the cuts.")
     if n_parts < 3:
         raise ModelError(
             f"{label}: errors need held-out stars in three parts; the {len(rows)} pairs are of so "

@@ -198,10 +198,8 @@ def _limit_bytes(memory_limit: str) -> int | None:
     sound = limit == 0 or _LEAST_BYTES <= limit <= 2**60
     if not sound or not memory_limit.strip()[0].isdigit():
         least = f"{_LEAST_BYTES >> 20}MiB or more; most steps need some hundred"
-        raise ConfigError(
-            f"{memory_limit!r} is not a memory limit",
-            f"Give a number with its unit, as in 4GiB ({least}); auto, or 0 for none.",
-        )
+        hint = f"Give a number with its unit, as in 4GiB ({least}); auto, or 0 for none."
+        raise ConfigError(f"{memory_limit!r} is not a memory limit", hint)
     return limit or None
 
 

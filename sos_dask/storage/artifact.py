@@ -327,10 +327,8 @@ class Output:
             hint = "Choose another directory, or give --overwrite to replace it."
             raise CatalogError(f"{where} already holds {what}", hint)
         if not other and not (where / MANIFEST).is_file():
-            raise CatalogError(
-                f"{where} holds files that are not an output of sos-dask: not overwritten",
-                f"Remove them yourself. {elsewhere}",
-            )
+            what = f"{where} holds files that are not an output of sos-dask: not overwritten"
+            raise CatalogError(what, f"Remove them yourself. {elsewhere}")
         there = None if other else Manifest.load(where)
         names = {there.fingerprint, *(file.sha256 for file in there.files)} if there else set()
         if not names.isdisjoint(self.recipe.inputs.values()):

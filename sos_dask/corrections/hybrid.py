@@ -221,11 +221,9 @@ def noisy(
         raise _no_errors(problem, "the pairs have none")
     noised = with_noise(batch, problem, amount * batch.errors * normals(batch, seed))
     known = np.isfinite(batch.errors).all(axis=1)
-    return replace(
-        noised,
-        differences=np.where(constant or False, batch.differences, noised.differences),
-        weight=np.where(known, batch.weight, np.float32(0)),
-    )
+    differences = np.where(constant or False, batch.differences, noised.differences)
+    weight = np.where(known, batch.weight, np.float32(0))
+    return replace(noised, differences=differences, weight=weight)
 
 
 def _no_errors(problem: Problem, why: str) -> ModelError:

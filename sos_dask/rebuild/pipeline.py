@@ -130,15 +130,8 @@ def rebuild(
             choices[name] = Choice(found["method"], found["why"], metrics)
     products = {planned.product: (planned.recipe, planned.directory) for planned in done}
     path, outcome, refused = _published(job, store, products)
-    build = Build(
-        path.name,
-        path,
-        {name: str(followed(path / name)) for name in products},
-        tuple(results),
-        choices,
-        outcome,
-        refused,
-    )
+    places = {name: str(followed(path / name)) for name in products}
+    build = Build(path.name, path, places, tuple(results), choices, outcome, refused)
     if refused:
         what = f"build {build.name} of {store} is kept, but not published: {'; '.join(refused)}"
         hint = (

@@ -181,14 +181,10 @@ def match(
     n_near, row_near, apart_near = _best(*by_position, rank)
     i = np.flatnonzero(n_id + n_near)
     has_id = n_id[i] > 0
-    return Matches(
-        i,
-        np.where(has_id, row_id[i], row_near[i]),
-        np.where(has_id, apart_id[i], apart_near[i]),
-        (n_id + n_near)[i].astype(np.int32),
-        has_id,
-        sum(conflicts),
-    )
+    chosen = np.where(has_id, row_id[i], row_near[i])
+    separation = np.where(has_id, apart_id[i], apart_near[i])
+    n_candidates = (n_id + n_near)[i].astype(np.int32)
+    return Matches(i, chosen, separation, n_candidates, has_id, sum(conflicts))
 
 
 @dataclass(frozen=True)
@@ -217,11 +213,8 @@ class _Side:
         return cls(tuple(floats_or_nan(table, name) for name in names), cells, ids)
 
     def take(self, rows: IntArray) -> _Side:
-        return _Side(
-            tuple(values[rows] for values in self.position),
-            self.cells[rows],
-            {name: values[rows] for name, values in self.ids.items()},
-        )
+        ids = {name: values[rows] for name, values in self.ids.items()}
+        return _Side(tuple(values[rows] for values in self.position), self.cells[rows], ids)
 
     @property
     def epoch(self) -> FloatArray:

@@ -69,18 +69,9 @@ def _filled(column: pa.ChunkedArray) -> NDArray[np.floating]:
 def key_numbers(ids: pa.Array | pa.ChunkedArray, seed: int) -> KeyArray:
     """Numbers of 64 bits that follow from ids, by SplitMix64 over their text.
 
-    Two of a hundred million ids get the same number once in 4000 times; they then share a fold.
-
-    Parameters
-    ----------
-    ids : pyarrow array of shape (n,)
-        Text or integers (taken as their text), no nulls.
-    seed : int
-        Other seeds give other numbers.
-
-    Returns
-    -------
-    ndarray of uint64, shape (n,)
+    Ids (n,) are text or integers (taken as their text), without nulls; other seeds give other
+    numbers. Two of a hundred million ids get the same number once in 4000 times; they then share a
+    fold.
     """
     text = pc.cast(ids, pa.string())
     chunks = text.chunks if isinstance(text, pa.ChunkedArray) else [text]

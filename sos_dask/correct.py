@@ -58,19 +58,13 @@ Widening = Callable[
 class Covered:
     """The coverage of rows, and what it does to their correction and its errors.
 
-    Parameters
-    ----------
-    scores : pyarrow.Table
-        ``obs_id``, ``coverage``, ``flag_coverage`` and ``kind_coverage`` of the very rows that are
-        corrected, in their order.
-    widening : callable
-        Kind, class of the error model, half-widths (n, l) and inputs of the star to the factors of
-        the half-widths: see `evidence.coverage.CoverageModel.widening`.
-    limits : Limits, optional
-        From coverage ``inside`` on the correction counts alone, from ``outside`` down the fallback,
-        in proportion between them. None: nothing fades.
-    fallback : callable, optional
-        Inputs and kinds of some rows to their differences. None: no correction.
+    ``scores`` has ``obs_id``, ``coverage``, ``flag_coverage`` and ``kind_coverage`` of the very
+    rows that are corrected, in their order. ``widening`` makes of kind, class of the error model,
+    half-widths (n, l) and inputs of the star the factors of the half-widths: see
+    `evidence.coverage.CoverageModel.widening`. From coverage ``limits.inside`` on the correction
+    counts alone, from ``limits.outside`` down the fallback, in proportion between them; without
+    limits nothing fades. ``fallback`` makes of inputs and kinds of some rows their differences;
+    None: no correction.
     """
 
     scores: pa.Table

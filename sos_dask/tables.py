@@ -40,10 +40,7 @@ class Correction:
     def load(cls, path: str | PathLike[str], errors: str | PathLike[str] | None = None) -> Self:
         """Read a model that train or a rebuild has written, and optionally its uncertainty.
 
-        Raises
-        ------
-        ModelError
-            A file is missing or changed, or the errors are those of another model.
+        Raises `ModelError`: a file is missing or changed, or the errors are those of another model.
         """
         model = corrections.load(local_copy(as_path(path)))
         if errors is None:
@@ -111,10 +108,8 @@ def _kind(table: Any) -> tuple[list[Any], _Read, _Add]:
         known = getattr(sys.modules.get(module), kind, None)  # of one not imported there is none
         if known is not None and isinstance(table, known):
             return list(getattr(table, names)), read, add
-    raise ConfigError(
-        f"{type(table).__module__}.{type(table).__name__} is no table that can be corrected",
-        "Give an astropy Table, a pandas DataFrame or a pyarrow Table.",
-    )
+    what = f"{type(table).__module__}.{type(table).__name__} is no table that can be corrected"
+    raise ConfigError(what, "Give an astropy Table, a pandas DataFrame or a pyarrow Table.")
 
 
 def _numbers(read: _Read, table: Any, name: str, rows: slice, unit: str) -> Any:

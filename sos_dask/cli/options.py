@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import tomllib
@@ -18,6 +19,7 @@ from sos_dask.errors import ConfigError, StorageError
 from sos_dask.rebuild.job import load_job
 from sos_dask.run import LIGHT
 from sos_dask.run.cluster import Cluster, start
+from sos_dask.run.kinds import nested
 from sos_dask.run.machine import leave_pandas_out, n_cores
 from sos_dask.schema import nearest
 from sos_dask.settings import Settings
@@ -170,8 +172,7 @@ def open_catalogs(
     for key in keys or ():
         if key not in names:
             raise ConfigError(
-                f"--key {key}: no catalog of another program has such a column",
-                nearest(key, names),
+                f"--key {key}: no catalog of another program has such a column", nearest(key, names)
             )
     for number, one in enumerate(opened):
         key = next((key for key in keys or () if key in one.schema.names), "")
@@ -187,15 +188,10 @@ def cluster_settings(texts: Iterable[str] | None) -> dict[str, Any]:
         name, given, value = text.partition("=")
         if not given or not name:
             raise ConfigError(f"--cluster '{text}' is not NAME=VALUE", "For example kind=slurm.")
-        *folders, last = name.split(".")
-        inside = found
-        for folder in folders:
-            inside = inside.setdefault(folder, {})
-        try:
-            inside[last] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            inside[last] = value
-    return found
+        found[name] = value
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            found[name] = tomllib.loads(f"value = {value}")["value"]
+    return nested(found)
 
 
 @dataclass(frozen=True, kw_only=True)

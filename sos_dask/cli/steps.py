@@ -221,10 +221,8 @@ def train(pairs: Path, *, method: str, param: Names = None, options: Options) ->
     chosen = options.settings(method=method, params=params)
     catalog = Catalog.open(pairs)
     if not {label.diff for label in chosen.problem.labels} <= set(catalog.schema.names):
-        raise CatalogError(
-            f"{pairs} is not a catalog of pairs",
-            "Make them: sos-dask crossmatch LEFT RIGHT -o PAIRS.",
-        )
+        what = f"{pairs} is not a catalog of pairs"
+        raise CatalogError(what, "Make them: sos-dask crossmatch LEFT RIGHT -o PAIRS.")
     if chosen.search and not corrections.class_of(method).search:
         raise ConfigError(f"--search has no effect: method '{method}' has no parameters to search")
     if chosen.validation != "auto":

@@ -508,10 +508,8 @@ def coverage(
         directory = _current(place, "coverage", options, correction=correction)
         figure = followed(place / "current" / "report") / "figures" / "coverage.png"
     elif len(inputs) != 4:
-        raise ConfigError(
-            f"{len(inputs)} paths are not PAIRS MODEL CATALOG STARS",
-            "For example: sos-dask coverage pairs model lamost lamost.stars -o coverage.",
-        )
+        hint = "For example: sos-dask coverage pairs model lamost lamost.stars -o coverage."
+        raise ConfigError(f"{len(inputs)} paths are not PAIRS MODEL CATALOG STARS", hint)
     else:
         pairs, model, catalog, stars = inputs
         chosen = options.settings(grid=dict(map(_limits, grid or [])))

@@ -55,10 +55,8 @@ def methods() -> tuple[str, ...]:
 def class_of(method: str) -> type[Correction]:
     """Class of a method; `ConfigError` for an unknown one, with the nearest."""
     if method not in _METHODS:
-        raise ConfigError(
-            f"there is no method '{method}'",
-            nearest(method, methods()) or f"Known are: {', '.join(methods())}.",
-        )
+        what = f"there is no method '{method}'"
+        raise ConfigError(what, nearest(method, methods()) or f"Known are: {', '.join(methods())}.")
     return _METHODS[method]
 
 
@@ -89,28 +87,14 @@ def fit(
     params: Mapping[str, Any] | None = None,
     client: Any = None,
 ) -> Correction:
-    """Fit a correction.
+    """Fit a correction by one of the `methods`, with parameters of `check_params`.
 
-    Parameters
-    ----------
-    method : str
-        One of `methods`.
-    source : TrainingSource
-    train_folds : sequence of int, optional
-        Only pairs of these folds are used; None: all pairs.
-    params : mapping, optional
-        See `check_params`.
-    client : distributed.Client, optional
-        Batches are loaded and worked on by its workers; None: in this process.
+    Only pairs of the ``train_folds`` are used, by default all. Batches are loaded and worked on by
+    the workers of a client of Dask; without one in this process.
 
-    Raises
-    ------
-    ConfigError
-        Unknown method, or a wrong parameter.
-    ModelError
-        Too few pairs, a label that is never known, no GPU for ``device = "cuda"``.
-    ClusterError
-        The cluster lost its workers again and again.
+    Raises `ConfigError`: unknown method, or a wrong parameter; `ModelError`: too few pairs, a label
+    that is never known, no GPU for ``device = "cuda"``; `ClusterError`: the cluster lost its
+    workers again and again.
     """
     kind = class_of(method)
     settings = kind.parameters(**check_params(method, params or {}))
@@ -121,18 +105,10 @@ def fit(
 def load(directory: Path, *, check: bool = True) -> Correction:
     """Read a model that `Correction.save` wrote.
 
-    Parameters
-    ----------
-    directory : Path
-    check : bool
-        Compare the SHA-256 of its files with that stated; False only where another process of the
-        same command has done so: tables are large.
-
-    Raises
-    ------
-    ModelError
-        A file is missing or not the one that was saved, the format is that of another version, or
-        the method is not known.
+    ``check`` compares the SHA-256 of its files with that stated; false only where another process
+    of the same command has done so: tables are large. Raises `ModelError` where a file is missing
+    or not the one that was saved, the format is that of another version, or the method is not
+    known.
     """
     path = Path(directory) / MODEL_FILE
     hint = "A model is a directory that 'sos-dask train' has written."
@@ -144,10 +120,8 @@ def load(directory: Path, *, check: bool = True) -> Correction:
             "it again.",
         )
     if sealed(document) != document:
-        raise ModelError(
-            f"{path} was changed after the model was saved: its SHA-256 is another one",
-            "Restore it, or train the model again.",
-        )
+        what = f"{path} was changed after the model was saved: its SHA-256 is another one"
+        raise ModelError(what, "Restore it, or train the model again.")
     info, hashes = _stated(document, path)
     files: dict[str, base.Content] = {}
     for name, expected in hashes.items():

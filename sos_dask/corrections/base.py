@@ -135,8 +135,17 @@ class Training:
         what = f"{function.__name__}: a batch"
         return run_tasks(call, range(self.source.n_batches), self.client, what, advice)
 
+    @property
+    def n_rows(self) -> int:
+        """Number of training rows, which may be none."""
+        return sum(self.map(_n_rows))
+
     def _call(self, function: Callable[..., R], arguments: tuple[Any, ...], index: int) -> R:
         return function(self.rows(index), *arguments)
+
+
+def _n_rows(rows: Rows) -> int:
+    return len(rows.weight)
 
 
 def run_tasks(
@@ -312,20 +321,11 @@ class Correction(abc.ABC):
         return self.info.problem
 
     def predict(self, features: Float32Array) -> Float32Array:
-        """Predicted differences target - reference.
+        """Predicted differences target - reference of inputs (n, k), those of `Problem.matrix`.
 
-        A row's prediction does not depend on the other rows.
-
-        Parameters
-        ----------
-        features : ndarray of float32, shape (n, k)
-            Inputs of the problem (`Problem.matrix`).
-
-        Returns
-        -------
-        ndarray of float32, shape (n, l)
-            In the units of the labels, each column contiguous. nan in all labels where any input
-            is nan or infinite.
+        They have shape (n, l), in the units of the labels, each column contiguous; nan in all
+        labels where any input is nan or infinite. A row's prediction does not depend on the other
+        rows.
         """
         x, low, high = self._checked(features)
         out = np.empty((len(self.problem.names), len(x)), dtype=np.float32).T

@@ -184,7 +184,7 @@ class BoostedCorrection(Correction):
         train = _train if client is None else boosted_cluster.train
         job = Job(training, settings, summary, edges)
         ensembles = train(job)
-        if settings.measured_rounds and sum(training.map(_n_rows)) > summary.n_rows.sum():
+        if settings.measured_rounds and training.n_rows > summary.n_rows.sum():
             of_measured = settings.but(n_rounds=settings.measured_rounds, **_OF_MEASURED)
             training = replace(training, degraded=False)
             ensembles = train(
@@ -306,10 +306,6 @@ def _bin_edges(training: Training, info: ModelInfo, max_bin: int) -> tuple[Float
         values = low[column] + width[column] * cells / GRID
         edges.append(np.unique(values.astype(np.float32)))
     return tuple(edges)
-
-
-def _n_rows(rows: Rows) -> int:
-    return len(rows.weight)
 
 
 def _cells(rows: Rows, low: FloatArray, width: FloatArray) -> IntArray:

@@ -276,10 +276,8 @@ def find_gpu() -> tuple[str, ...]:
     """
     xgboost = import_xgboost()
     if not xgboost.build_info().get("USE_CUDA", False):
-        raise ModelError(
-            f"device = 'cuda': XGBoost {xgboost.__version__} was built without CUDA",
-            "Install 'xgboost' (not 'xgboost-cpu'), or set device = 'cpu'.",
-        )
+        what = f"device = 'cuda': XGBoost {xgboost.__version__} was built without CUDA"
+        raise ModelError(what, "Install 'xgboost' (not 'xgboost-cpu'), or set device = 'cpu'.")
     x = np.zeros((4, 1), dtype=np.float32)
     params = {"device": "cuda", "tree_method": "hist", "verbosity": 0}
     with warnings.catch_warnings():
@@ -291,10 +289,8 @@ def find_gpu() -> tuple[str, ...]:
         except xgboost.core.XGBoostError as error:
             used = str(error).strip().splitlines()[0]
     if not str(used).startswith("cuda"):
-        raise ModelError(
-            f"device = 'cuda': no usable GPU here (XGBoost answers '{used}')",
-            "Run where 'nvidia-smi' lists a GPU, or set device = 'cpu'.",
-        )
+        what = f"device = 'cuda': no usable GPU here (XGBoost answers '{used}')"
+        raise ModelError(what, "Run where 'nvidia-smi' lists a GPU, or set device = 'cpu'.")
     # A batch system may number the GPUs that each process may see 0.
     command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
     uuids = ""

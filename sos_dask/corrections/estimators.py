@@ -262,21 +262,13 @@ def search(
     thread, so the choice does not depend on the workers: with a client tasks are theirs, and each
     needs all pairs in its memory. Of more than a million pairs a random million counts.
 
-    Returns
-    -------
-    params : mapping
-        Complete parameters of the best candidate.
-    trials : list of dict
-        All candidates as JSON, the best first: their parameters, their loss on each fold kept
-        aside, and the mean. A loss is the mean over the labels of the mean absolute residual, in
-        spreads of the differences; None where a candidate could not be fitted.
+    Gives the complete parameters of the best candidate, and all candidates as JSON, the best first:
+    their parameters, their loss on each fold kept aside, and the mean. A loss is the mean over the
+    labels of the mean absolute residual, in spreads of the differences; None where a candidate
+    could not be fitted.
 
-    Raises
-    ------
-    ModelError
-        Fewer than two folds, or no candidate can be fitted.
-    ClusterError
-        A fit killed its workers again and again.
+    Raises `ModelError`: fewer than two folds, or no candidate can be fitted; `ClusterError`: a fit
+    killed its workers again and again.
     """
     # Not RandomizedSearchCV: it cannot be told to try a given candidate, too.
     from dask_ml.model_selection import GridSearchCV
@@ -388,7 +380,5 @@ def _on_workers(client: Any, method: str, graph: Any, keys: Any, **options: Any)
             workers.release(futures_of(futures))  # else they wait for these workers for ever
             if lost.__cause__ is not None:  # one after the other: Dask gave it to others before
                 break
-    raise ClusterError(
-        f"search of '{method}': a fit killed its worker again and again",
-        "Most often it ran out of memory: every fit needs all pairs. Give workers more.",
-    )
+    hint = "Most often it ran out of memory: every fit needs all pairs. Give workers more."
+    raise ClusterError(f"search of '{method}': a fit killed its worker again and again", hint)

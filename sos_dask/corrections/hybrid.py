@@ -35,7 +35,7 @@ from pydantic import Field
 
 from sos_dask.columns import Float32Array, FloatArray
 from sos_dask.corrections import base, boosted, polynomial
-from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Rows, Training
+from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Training
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.corrections.degrade import normals, with_noise
 from sos_dask.corrections.polynomial import PolynomialCorrection, least_pairs
@@ -145,10 +145,8 @@ class HybridCorrection(Correction):
         """Fit; see `sos_dask.corrections.fit`."""
         k = len(training.problem.inputs)
         if 2**k > MAX_NODES**3:
-            raise ModelError(
-                f"method 'hybrid' takes 21 inputs at most: these are {k}",
-                "Leave some out, or choose 'boosted', which takes any number.",
-            )
+            what = f"method 'hybrid' takes 21 inputs at most: these are {k}"
+            raise ModelError(what, "Leave some out, or choose 'boosted', which takes any number.")
         needed = max(least_pairs(k), settings.min_pairs)
         info = base.summarise(training, cls.method, settings, needed).info
         smooth = PolynomialCorrection.fit(training, _settings_of(PolynomialCorrection, settings))
@@ -223,11 +221,9 @@ def noisy(
         raise _no_errors(problem, "the pairs have none")
     noised = with_noise(batch, problem, amount * batch.errors * normals(batch, seed))
     known = np.isfinite(batch.errors).all(axis=1)
-    return replace(
-        noised,
-        differences=np.where(constant or False, batch.differences, noised.differences),
-        weight=np.where(known, batch.weight, np.float32(0)),
-    )
+    differences = np.where(constant or False, batch.differences, noised.differences)
+    weight = np.where(known, batch.weight, np.float32(0))
+    return replace(noised, differences=differences, weight=weight)
 
 
 def _no_errors(problem: Problem, why: str) -> ModelError:
@@ -275,8 +271,7 @@ class SimexCorrection(Correction):
         noise = partial(noisy, problem=problem)
         # Pairs without errors are left out of the fit without noise too.
         plain = replace(training, changes=(partial(noise, amount=0.0, seed=0),))
-        everything = replace(plain, folds=None)
-        if not any(everything.map(_n_rows)):
+        if not replace(plain, folds=None).n_rows:
             raise _no_errors(problem, "no pair has all of them")
         needed = least_pairs(len(problem.inputs))
         summary = base.summarise(plain, cls.method, settings, needed)
@@ -288,10 +283,6 @@ class SimexCorrection(Correction):
             change = partial(noise, amount=amount * settings.error_factor, seed=seed)
             parts.append(kind.fit(replace(training, changes=(change,)), of_base))
         return cls(summary.info, tuple(parts))
-
-
-def _n_rows(rows: Rows) -> int:
-    return len(rows.weight)
 
 
 def part_weights(replicas: int) -> FloatArray:

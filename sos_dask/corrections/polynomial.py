@@ -46,9 +46,8 @@ BISQUARE = 4.685
 HUBER_PASSES = 10
 SCALE_PASSES = 10  # with the bisquare, that still renew the scale
 _LEAST_PAIRS = 2  # a term, of order 1
-_PAIRS_A_TERM = (
-    5  # of a higher order: with 2, the worst labels of 100 pairs were 1.4 times as wrong
-)
+# Of a higher order: with 2, the worst labels of 100 pairs were 1.4 times as wrong.
+_PAIRS_A_TERM = 5
 _KEPT_ROWS = 1_000_000  # 28 MB
 _THREAD_ROWS = 20_000
 

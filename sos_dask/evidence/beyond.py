@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from sos_dask.columns import BoolArray, Float32Array, FloatArray, IntArray
 from sos_dask.problem import Problem
-from sos_dask.stats.numbers import GIANT_LOGG, scatter
+from sos_dask.stats.numbers import GIANT_LOGG, ONE_SIGMA, scatter
 
 GUESSES = ("nothing", "zero point", "edge")
 NOTHING, ZERO_POINT, EDGE = range(len(GUESSES))
@@ -39,7 +39,6 @@ _AT_MOST = 0.5  # of the median error that is left by what stands in everywhere
 WIDER_BEHIND = 2.0  # than at the ends: a pipeline may go on to change behind them
 AT_MOST_BEHIND = 0.1  # where the overlap lacks stars: a difference that hardly varies
 _WRONG_SIGMA = 4.0  # of the differences of all pairs, in all labels at once
-_ONE_SIGMA = 0.6826894921370859  # of a normal distribution within one standard deviation
 
 
 class Left(NamedTuple):
@@ -149,7 +148,7 @@ def _best(parts: Sequence[FloatArray], guesses: Sequence[int], common: int, at_m
 
 def _width(size: FloatArray) -> float:
     known = size[np.isfinite(size)]
-    return float(np.quantile(known, _ONE_SIGMA)) if len(known) >= _MIN_PAIRS else np.nan
+    return float(np.quantile(known, ONE_SIGMA)) if len(known) >= _MIN_PAIRS else np.nan
 
 
 def table(found: Standing, problem: Problem) -> list[dict[str, Any]]:

@@ -48,20 +48,11 @@ def correlations(
 ) -> list[dict[str, Any]]:
     """Measure the correlation of the errors of every two labels.
 
-    Parameters
-    ----------
-    residual, own, width : ndarray of float, shape (n, l)
-        Corrected - reference of pairs; errors of the corrected labels themselves; widths of the
-        residuals.
-    labels : sequence of str
-    places : mapping of (kind, band) to ndarray of bool, shape (n,)
-        See `groups`; those with less than `MIN_PAIRS` pairs that know both labels are left out.
-
-    Returns
-    -------
-    list of dict
-        ``kind``, ``snr``, ``label``, ``other``, ``n`` pairs, ``correlation`` (-1 to 1) and its
-        standard ``error``.
+    ``residual``, ``own`` and ``width``, all (n, l), are corrected - reference of pairs, errors of
+    the corrected labels themselves, and widths of the residuals. Places are those of `groups`, by
+    kind and band; those with less than `MIN_PAIRS` pairs that know both labels are left out. A row
+    has ``kind``, ``snr``, ``label``, ``other``, ``n`` pairs, ``correlation`` (-1 to 1) and its
+    standard ``error``.
     """
     found = []
     for (kind, band), rows in places.items():

@@ -396,10 +396,8 @@ def fit(
     held_out = overlap.held_out
     n_held_out = int(np.count_nonzero(held_out))
     if n_held_out < _MIN_HELD_OUT:
-        raise ModelError(
-            f"{n_held_out} held-out pairs are too few to calibrate the coverage",
-            f"At least {_MIN_HELD_OUT} are needed: match more stars or loosen the cuts.",
-        )
+        hint = f"At least {_MIN_HELD_OUT} are needed: match more stars or loosen the cuts."
+        raise ModelError(f"{n_held_out} held-out pairs are too few to calibrate the coverage", hint)
     k = len(problem.of_star)
     parameters = problem.of_star if measure == "neighbours" else problem.parameters
     parameters = tuple(p for p in parameters if p.column in catalog and p.column in overlap.columns)

@@ -157,18 +157,12 @@ def figures(
 ) -> tuple[list[dict[str, Any]], dict[tuple[str, str], Scored]]:
     """Measure all figures of one label in one sample: rows of `FIGURE_SCHEMA`.
 
-    Those of the subset ``all`` are given in every resample, too, by method and statistic. A subset
-    with less than ``min_pairs`` has no figures, a bin with less than ``min_bin_pairs`` no median.
-    Raises `ModelError` where the sample has fewer than ``min_pairs`` pairs or too few stars.
-
-    Parameters
-    ----------
-    residuals : mapping of str to ndarray of float, shape (n,)
-        By method, `NONE` among them; nan where the difference is not known.
-    edges : mapping of str to ndarray of float64
-        Edges of the bins along each label.
-    weights : ndarray of float64, shape (n_resamples, n_groups)
-        See `bootstrap.draw`.
+    Residuals (n,) are by method, `NONE` among them, nan where the difference is not known; edges
+    are those of the bins along each label; weights (n_resamples, n_groups) are of `bootstrap.draw`.
+    Figures of the subset ``all`` are given in every resample, too, by method and statistic. A
+    subset with less than ``min_pairs`` has no figures, a bin with less than ``min_bin_pairs`` no
+    median. Raises `ModelError` where the sample has fewer than ``min_pairs`` pairs or too few
+    stars.
     """
     known = np.logical_and.reduce([np.isfinite(values) for values in residuals.values()])
     _check_sample(sample, label, known, min_pairs)
@@ -291,10 +285,8 @@ def check_rule(rule: str, methods: Sequence[str]) -> None:
     """Raise `ConfigError` where a rule is neither known (see `choose`) nor one of the methods."""
     known = (BALANCED, SCATTER, *methods)
     if rule not in known:
-        raise ConfigError(
-            f"there is no rule '{rule}' to choose a method by",
-            nearest(rule, known) or f"Known are: {', '.join(known)}.",
-        )
+        what = f"there is no rule '{rule}' to choose a method by"
+        raise ConfigError(what, nearest(rule, known) or f"Known are: {', '.join(known)}.")
 
 
 def choose(
@@ -308,19 +300,16 @@ def choose(
     A method is *worse* than the best one of a label in scatter (held-out 1.4826 MAD) or in binned
     medians (their rms) if the 95 % interval of the difference, on the same resamples, is above zero
     and the difference is larger than ``tolerance`` times the best: with very many pairs differences
-    become certain that do not matter. Raises `ModelError` without any method, and as `check_rule`.
+    become certain that do not matter.
 
-    Parameters
-    ----------
-    rule : str
-        ``balanced``: of the methods that are worse in no label, the smoothest (the smallest mean
-        over the labels of the roughness); where none is left, of those that are not worse in the
-        scatter averaged over the labels, each in units of the scatter without a correction.
-        ``scatter``: the smallest averaged scatter. The name of a method: that one.
-    figures : mapping of str to mapping
-        By label, what `figures` gives for the held-out sample.
-    roughness : mapping of str to float
-        By method, mean over the labels; nan where it is not known.
+    The rule ``balanced`` takes, of the methods that are worse in no label, the smoothest (the
+    smallest mean over the labels of the roughness); where none is left, of those that are not worse
+    in the scatter averaged over the labels, each in units of the scatter without a correction.
+    ``scatter`` takes the smallest averaged scatter, and the name of a method that one.
+
+    ``figures`` are by label what `figures` gives for the held-out sample, ``roughness`` by method
+    the mean over the labels, nan where it is not known. Raises `ModelError` without any method, and
+    as `check_rule`.
     """
     methods = sorted({method for of in figures.values() for method, _ in of} - {NONE})
     if not methods:

@@ -28,7 +28,7 @@ from sos_dask.errors import ModelError
 from sos_dask.evidence.beyond import giants
 from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
 from sos_dask.run.machine import import_xgboost
-from sos_dask.stats.numbers import DENSE, SPARSE
+from sos_dask.stats.numbers import DENSE, ONE_SIGMA, SPARSE
 from sos_dask.stats.table import Grid, seal, unseal
 
 LEVELS = (0.68, 0.95)
@@ -49,7 +49,6 @@ _ROUNDS = 150
 _SMALLEST = 0.05
 _LEAST = 1e-6  # K, dex: an error of 0 would weigh without end, and residuals can all be zero
 _WRONG = 8.0  # times the median size: 5.4 standard deviations of a normal distribution
-_ONE_SIGMA = 0.6826894921370859  # of a normal distribution within one standard deviation
 _STEPS = 3  # two more change errors by about half a percent
 _STEPS_OF_LOG = 64.0  # of log S/N: 1.6 % wide
 _CLIP = 1.5  # standard deviations; a residual beyond it counts as if it were there
@@ -171,10 +170,8 @@ class ErrorModel:
     def require(self, correction: str) -> None:
         """Raise `ModelError` unless these are the errors of the correction with this SHA-256."""
         if self.about["correction"] != correction:
-            raise ModelError(
-                "the error model was made for another correction",
-                "Give the one that was made from this model's held-out pairs.",
-            )
+            what = "the error model was made for another correction"
+            raise ModelError(what, "Give the one that was made from this model's held-out pairs.")
 
     def describe(self, label: str) -> tuple[str, str]:
         """Say what the half-widths of a label are: its own, and that of corrected - reference."""
@@ -261,10 +258,8 @@ def fit_label(held_out: HeldOut, label: str, grid: Grid, sparse: BoolArray) -> L
     rows = np.flatnonzero(known)
     n_parts = len(np.unique(held_out.part[rows]))
     if len(rows) < _MIN_PAIRS:
-        raise ModelError(
-            f"{label}: errors need {_MIN_PAIRS} held-out pairs, not {len(rows)}",
-            "Match more stars, or loosen the cuts.",
-        )
+        what = f"{label}: errors need {_MIN_PAIRS} held-out pairs, not {len(rows)}"
+        raise ModelError(what, "Match more stars, or loosen the cuts.")
     if n_parts < 3:
         raise ModelError(
             f"{label}: errors need held-out stars in three parts; the {len(rows)} pairs are of so "
@@ -502,7 +497,7 @@ def _fit_own(pairs: _Pairs, shape: tuple[int, ...]) -> _Scale:
     if not error.any():
         return scale
     size, width = np.abs(pairs.residual), scale.size(*place)
-    width *= max(np.quantile(size / width, _ONE_SIGMA), _LEAST)
+    width *= max(np.quantile(size / width, ONE_SIGMA), _LEAST)
     own = np.maximum(_less(width, error), _LEAST_OWN * width)
     for _ in range(_STEPS):
         total = np.hypot(own, error)

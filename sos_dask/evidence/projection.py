@@ -159,10 +159,8 @@ def fit_projection(
     try:
         import umap
     except ImportError:
-        raise ConfigError(
-            "a projection needs umap-learn, which is not installed",
-            "pip install 'sos_dask[umap]', or leave [projection] out of the job.",
-        ) from None
+        hint = "pip install 'sos_dask[umap]', or leave [projection] out of the job."
+        raise ConfigError("a projection needs umap-learn, which is not installed", hint) from None
     known = parameters[np.isfinite(parameters).all(axis=1)]
     if len(known) < _MIN_SAMPLE:
         raise ModelError(

@@ -75,17 +75,12 @@ class Binned(NamedTuple):
 def trend(rows: Binned, difference: FloatingArray, **about: str | None) -> dict[str, Any]:
     """Make columns of `TREND_SCHEMA` and `PLANE_SCHEMA`: a difference against some quantities.
 
-    Parameters
-    ----------
-    rows : Binned
-        The n rows in bins of the quantities.
-    difference : ndarray of float, shape (n,)
-        In the unit of the label; nan where it is not known.
-    about : str
-        Further columns: ``label``, of which the difference is; ``binning``; ``subset``, ``all``
-        pairs or those whose reference labels are of this survey; ``sample``, ``before`` the
-        correction, ``after``: less what a model that was not trained on the star predicts, or
-        ``fitted``: the same of the pairs that trained the model; ``method``, None before it.
+    The n rows are in bins of the quantities; the difference (n,) is in the unit of the label, nan
+    where it is not known. Further columns are ``label``, of which the difference is; ``binning``;
+    ``subset``, ``all`` pairs or those whose reference labels are of this survey; ``sample``,
+    ``before`` the correction, ``after``: less what a model that was not trained on the star
+    predicts, or ``fitted``: the same of the pairs that trained the model; ``method``, None before
+    it.
     """
     shape = tuple(max(len(bounds) - 1, 0) for bounds in rows.edges.values())
     n_cells = int(np.prod(shape))

@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 
 from sos_dask.columns import BoolArray, FloatArray, FloatingArray
 from sos_dask.settings import Settings
-from sos_dask.stats.numbers import GIANT_LOGG
+from sos_dask.stats.numbers import GIANT_LOGG, ONE_SIGMA
 
 INSIDE, SPARSE, OUTSIDE, LACKING = 0, 1, 2, 3
 CLASSES = ("inside", "sparse", "outside")
@@ -39,7 +39,6 @@ _MEANINGS = "; ".join(f"{number}: {name}" for number, name in enumerate(KINDS))
 KIND_FIELD = pa.field("kind_coverage", pa.int8(), metadata={"description": _MEANINGS})
 MIN_GROWTH_PAIRS = 150
 _LEVEL = 0.68
-_ONE_SIGMA = 0.6826894921370859  # of a normal distribution within one standard deviation
 _KIND_PAIRS = 400  # with fewer giants and dwarfs share one law of noise
 # Of laws from constant to steep and 630 pairs, with wrong ones, bins of 40 to 80 called most nearly
 # the true share outside.
@@ -89,7 +88,7 @@ class Limits(Settings):
 
 def _width(values: FloatingArray) -> FloatArray:
     """Half-widths of the intervals around 0 that contain 68.27 % of the values in each column."""
-    return np.asarray(np.quantile(np.abs(values), _ONE_SIGMA, axis=0))
+    return np.asarray(np.quantile(np.abs(values), ONE_SIGMA, axis=0))
 
 
 @dataclass(frozen=True)

@@ -392,10 +392,8 @@ def _check_label(label: str, profile: Profile, survey: Survey, files: Sequence[s
     n_impossible = profile.impossible.get(label, 0)
     n_valid = profile.n_rows - profile.nulls.get(label, 0)
     if label == "teff" and median is not None and 3 <= median <= 5 and n_impossible > n_valid:
-        raise SurveyError(
-            f"{files[0]}: {where} looks like log10 of a temperature: its median is {median:.2f}",
-            "Use a file with the temperature in K.",
-        )
+        what = f"{files[0]}: {where} looks like log10 of a temperature: its median is {median:.2f}"
+        raise SurveyError(what, "Use a file with the temperature in K.")
     if n_impossible > n_valid and n_impossible >= 10:
         file, row, value = profile.first_impossible[label]
         raise SurveyError(
@@ -405,7 +403,5 @@ def _check_label(label: str, profile: Profile, survey: Survey, files: Sequence[s
             f"Check its unit and its 'missing' values in [columns.{label}].",
         )
     if n_valid == 0 and profile.n_rows and label in LABELS:  # some releases have empty rv
-        raise SurveyError(
-            f"{', '.join(files)}: {where} has no value in any row",
-            f"Map [columns.{label}] to a column that is filled in this release.",
-        )
+        hint = f"Map [columns.{label}] to a column that is filled in this release."
+        raise SurveyError(f"{', '.join(files)}: {where} has no value in any row", hint)

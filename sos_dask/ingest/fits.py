@@ -137,10 +137,8 @@ def _fits_columns(path: Path, header: Any) -> Iterator[Native]:
         )
         offset += size
     if offset != int(header["NAXIS1"]):
-        raise SurveyError(
-            f"{path}: its columns take {offset} bytes a row, NAXIS1 says {header['NAXIS1']}",
-            "The header is damaged.",
-        )
+        what = f"{path}: its columns take {offset} bytes a row, NAXIS1 says {header['NAXIS1']}"
+        raise SurveyError(what, "The header is damaged.")
 
 
 def read_fits(source: Source, start: int, stop: int, batch_rows: int) -> Batches:

@@ -118,10 +118,7 @@ def key_ranges(runs: Sequence[Run], n_ranges: int) -> list[tuple[int, int]]:
 
 
 def conflicting_keys(
-    pieces: Sequence[Path | pa.Table],
-    runs: Sequence[Run],
-    first: int = 0,
-    last: int = _LARGEST,
+    pieces: Sequence[Path | pa.Table], runs: Sequence[Run], first: int = 0, last: int = _LARGEST
 ) -> pa.Array:
     """Values of ``obs_id`` that stand at more than one place, sorted.
 

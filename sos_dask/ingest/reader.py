@@ -277,10 +277,8 @@ class _Found:
         alike = [item for item in alike if item.name == name] or alike
         if len(alike) > 1:
             names = "', '".join(native.name for native in alike)
-            raise SurveyError(
-                f"{self._path}: column '{name}' is there {len(alike)} times: '{names}'",
-                "Rename or remove all but one.",
-            )
+            what = f"{self._path}: column '{name}' is there {len(alike)} times: '{names}'"
+            raise SurveyError(what, "Rename or remove all but one.")
         return alike[0] if alike else None
 
     def _column(self, name: str, source: SourceColumn) -> Iterator[str]:
@@ -291,10 +289,8 @@ class _Found:
         if missing and (source.join or not matches):
             names = list(dict.fromkeys(native.name for native in self._known))
             hints = (nearest(wanted, names) for wanted in missing)
-            raise SurveyError(
-                f"{self._path}: no column {either(missing)}, which '{name}' is made from",
-                next(filter(None, hints), f"It has: {', '.join(names[:60])}."),
-            )
+            what = f"{self._path}: no column {either(missing)}, which '{name}' is made from"
+            raise SurveyError(what, next(filter(None, hints), f"It has: {', '.join(names[:60])}."))
         for native in matches if source.join else matches[:1]:
             self._check_shape(f"for '{name}'", native, source.element)
             where = f"{self._path}: column '{native.name}'"
@@ -327,10 +323,8 @@ class _Found:
         masks = [n for n in self._known if n.name == (native.mask or f"{native.name}.mask")]
         if native.mask and len(masks) != 1:
             what = f"in a column '{native.mask}', which is there {len(masks)} times"
-            raise SurveyError(
-                f"{self._path}: column '{native.name}' has its mask {what}",
-                "Without it values would be read that its writer took for none.",
-            )
+            hint = "Without it values would be read that its writer took for none."
+            raise SurveyError(f"{self._path}: column '{native.name}' has its mask {what}", hint)
         # Another program may have dropped what astropy states and kept its columns.
         is_mask = len(masks) == 1 and masks[0].kind == "bool"
         mask = self._add(masks[0], element) if is_mask else ""

@@ -115,10 +115,8 @@ def _coded_texts(source: Source, metadata: pq.FileMetaData, batch_rows: int) -> 
 
 def _check_texts(source: Source, name: str, n_bytes: int) -> None:
     if n_bytes > _TEXT_BYTES:
-        raise SurveyError(
-            f"{source.path}: the texts of column '{name}' take {n_bytes >> 20} MiB at once",
-            "Shorten them, or write smaller row groups.",
-        )
+        what = f"{source.path}: the texts of column '{name}' take {n_bytes >> 20} MiB at once"
+        raise SurveyError(what, "Shorten them, or write smaller row groups.")
 
 
 def _arrow_values(source: Source, native: Native, column: pa.Array) -> pa.Array:
@@ -226,10 +224,8 @@ class _Outline:
 
 
 def _too_large(path: Path, what: str) -> NoReturn:
-    raise SurveyError(
-        f"{path} has {what}, and a VOTable is read into memory as a whole",
-        "Convert it: stilts tpipe in=FILE ifmt=votable out=table.fits",
-    )
+    hint = "Convert it: stilts tpipe in=FILE ifmt=votable out=table.fits"
+    raise SurveyError(f"{path} has {what}, and a VOTable is read into memory as a whole", hint)
 
 
 def _stated(text: str) -> int | None:

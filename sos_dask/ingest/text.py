@@ -71,15 +71,11 @@ def open_text(path: Path, data_path: Path, survey: Survey) -> Contents:
             line = next(fitting, comments[-1])[1:].lstrip()
     header = _fields(line, delimiter)
     if delimiter == " " and re.search(r"\.fits?(\.|$)", path.name.lower()):
-        raise SurveyError(
-            f"{path} is not a FITS file: it begins with {line:.80}",
-            "Download it again; a table of text may have any other name, like .csv.",
-        )
+        hint = "Download it again; a table of text may have any other name, like .csv."
+        raise SurveyError(f"{path} is not a FITS file: it begins with {line:.80}", hint)
     if len(header) < 2:
-        raise SurveyError(
-            f"{path}: its first line has none of the delimiters , | ; tab and blank: {line:.80}",
-            "The first line must contain the column names.",
-        )
+        what = f"{path}: its first line has none of the delimiters , | ; tab and blank: {line:.80}"
+        raise SurveyError(what, "The first line must contain the column names.")
     below = _below_vizier(following[:2], delimiter)
     offset += sum(len(_encoded(text)) for text in following[:below])
     if below == 2:
@@ -155,10 +151,8 @@ def _head(path: Path, file: BinaryIO) -> tuple[list[str], str]:
     for line in _lines(path, file):
         if line.strip() and not line.startswith("#"):
             if line.count('"') % 2 or "\r" in line.rstrip("\r\n"):
-                raise SurveyError(
-                    f"{path}: line {len(before) + 1}, the header, has a line break in it",
-                    "Line ends are LF or CR LF, and names have no line breaks.",
-                )
+                what = f"{path}: line {len(before) + 1}, the header, has a line break in it"
+                raise SurveyError(what, "Line ends are LF or CR LF, and names have no line breaks.")
             return before, line
         before.append(line)
         n_bytes += len(line)
@@ -172,10 +166,8 @@ def _lines(path: Path | str, file: BinaryIO, number: int = 0) -> Iterator[str]:
     while line := file.readline(_BLOCK_BYTES + 1):
         number += 1
         if len(line) > _BLOCK_BYTES:
-            raise SurveyError(
-                f"{path}: line {number} is too long, over {_BLOCK_BYTES >> 20} MiB",
-                "It is not a table of text, or its line ends are lost.",
-            )
+            what = f"{path}: line {number} is too long, over {_BLOCK_BYTES >> 20} MiB"
+            raise SurveyError(what, "It is not a table of text, or its line ends are lost.")
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         yield line.decode("utf-8", "surrogateescape")
 

@@ -112,10 +112,8 @@ def reasons(
 ) -> Iterator[str]:
     """Tell why a build is not to be published, in words; nothing where it is.
 
-    Parameters
-    ----------
-    now, before : mapping of str to Path
-        Directories of the products of the new build and of the published one, which may be none.
+    ``now`` and ``before`` are directories of the products of the new build and of the published
+    one, which may be none.
     """
     if not limits.enabled:
         return

@@ -17,17 +17,9 @@ import psutil
 
 from sos_dask.errors import CatalogError, SosError, redacted
 from sos_dask.rebuild.lock import holder_of
+from sos_dask.storage import store as stores
 from sos_dask.storage.artifact import write_text
 from sos_dask.storage.manifest import MANIFEST, sealed_json
-from sos_dask.storage.store import (
-    BUILD_FILE,
-    builds_in,
-    check_product,
-    home,
-    make_current,
-    read_build,
-    require_store,
-)
 
 logger = logging.getLogger(__name__)
 _LOGS, _KEPT_LOGS = "logs", 100
@@ -59,11 +51,11 @@ class BuildInfo:
 
 def builds(store: Path) -> list[BuildInfo]:
     """List the builds of a store, the oldest first."""
-    require_store(store, built=False)
+    stores.require_store(store, built=False)
     current, found = (store / "current").resolve().name, []
-    for path in builds_in(store):
+    for path in stores.builds_in(store):
         try:
-            made = read_build(path)
+            made = stores.read_build(path)
         except CatalogError as error:
             found.append(BuildInfo(path.name, "", "", "damaged", (error.message,)))
             continue
@@ -85,7 +77,7 @@ def find_build(store: Path, name: str) -> Path:
     """
     names = [one.name for one in builds(store)]
     if name == "current":
-        require_store(store)
+        stores.require_store(store)
         return (store / "current").resolve()
     fits = [one for one in names if name and one.startswith(name)]
     if len(fits) != 1:
@@ -100,7 +92,7 @@ def unpublished(store: Path, fingerprints: Mapping[str, str]) -> tuple[Path | No
     for one in reversed(builds(store)):
         path = store / "builds" / one.name
         if one.state in ("refused", "withdrawn"):
-            made = read_build(path)
+            made = stores.read_build(path)
             if made["products"] == fingerprints:
                 return path, str(made.get("withdrawn", ""))
     return None, ""
@@ -117,13 +109,13 @@ def publish_build(store: Path, name: str = "") -> Path:
             raise CatalogError(f"no build of {store} was refused", "Give the name of a build.")
         name = refused[-1]
     path = find_build(store, name)
-    made = read_build(path)
+    made = stores.read_build(path)
     for product, stage in made["stages"].items():
-        check_product(product, stage, (path / product).resolve(), "size")
+        stores.check_product(product, stage, (path / product).resolve(), "size")
     reasons = [made.pop(name, None) for name in ("refused", "withdrawn")]
     if any(reasons):
         _write(path, {**made, "accepted": now()})
-    make_current(store, path)
+    stores.make_current(store, path)
     return path
 
 
@@ -132,7 +124,7 @@ def rollback(store: Path, name: str = "") -> Path:
 
     What it leaves is withdrawn: a rebuild that makes the same products again does not publish them.
     """
-    require_store(store)
+    stores.require_store(store)
     left = (store / "current").resolve()
     if not name:
         before = [one.name for one in builds(store) if one.state == "kept" and one.name < left.name]
@@ -143,18 +135,19 @@ def rollback(store: Path, name: str = "") -> Path:
     if path.name == left.name:
         raise CatalogError(f"{name} is the current build already", "sos-dask builds lists them.")
     publish_build(store, path.name)
-    _write(left, {**read_build(left), "withdrawn": f"it was withdrawn by a rollback at {now()}"})
+    why = f"it was withdrawn by a rollback at {now()}"
+    _write(left, {**stores.read_build(left), "withdrawn": why})
     return path
 
 
 def _write(build: Path, document: Mapping[str, Any]) -> None:
-    write_text(build / BUILD_FILE, sealed_json(document, sort_keys=False))
+    write_text(build / stores.BUILD_FILE, sealed_json(document, sort_keys=False))
 
 
 def products_of(build: Path) -> dict[str, Path]:
     """Directories of the manifests of a build's products."""
-    stages = read_build(build)["stages"].items()
-    return {product: home(stage, (build / product).resolve()) for product, stage in stages}
+    stages = stores.read_build(build)["stages"].items()
+    return {product: stores.home(stage, (build / product).resolve()) for product, stage in stages}
 
 
 def current_products(store: Path) -> dict[str, Path]:
@@ -165,7 +158,7 @@ def current_products(store: Path) -> dict[str, Path]:
     except CatalogError:  # its links, where it has any, still tell what was published
         linked = [(one.name, one.resolve()) for one in sorted(current.glob("*"))]
         linked = [(name, path) for name, path in linked if path.parent.parent == artifacts]
-        found = {name: home(path.parent.name, path) for name, path in linked}
+        found = {name: stores.home(path.parent.name, path) for name, path in linked}
     return {product: path for product, path in found.items() if (path / MANIFEST).is_file()}
 
 

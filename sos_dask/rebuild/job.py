@@ -180,15 +180,9 @@ class SpaceSection(Settings):
 class Job(Settings):
     """A whole rebuild.
 
-    Parameters
-    ----------
-    target, target_name, targets
-        One survey in ``[target]``, or several in ``[targets.NAME]``. A name stands in products,
-        figures and titles; by default that of its survey.
-    path : Path
-        The file; relative paths in it are relative to its folder.
-    text : str
-        Its content, kept with every build.
+    There is one survey in ``[target]``, or several in ``[targets.NAME]``. ``target_name`` stands in
+    products, figures and titles; by default it is that of its survey. ``path`` is the file, to
+    whose folder relative paths are relative, and ``text`` its content, kept with every build.
     """
 
     TABLE_HINTS: ClassVar = {

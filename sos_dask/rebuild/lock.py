@@ -88,10 +88,8 @@ def locked(store: Path, what: str) -> Iterator[Callable[[str], None]]:
     # A server may have stored it and lost its answer.
     while not write_new(path, json.dumps(asdict(me))) and not is_mine():
         if (other := holder_of(store)) is not None:
-            raise LockedError(
-                f"{store} is in use: {other.words}",
-                f"Wait for it (sos-dask status shows it).{what.startswith('rebuild') * beside}",
-            )
+            hint = f"Wait for it (sos-dask status shows it).{what.startswith('rebuild') * beside}"
+            raise LockedError(f"{store} is in use: {other.words}", hint)
         path.unlink(missing_ok=True)
 
     def renew(stage: str = "") -> None:

@@ -20,19 +20,12 @@ from sos_dask.rebuild.job import Job
 from sos_dask.rebuild.plan import Plan, Planned
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.stages.compare import Compare
+from sos_dask.storage import store as stores
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.manifest import Manifest, Recipe
 from sos_dask.storage.objects import followed
 from sos_dask.storage.parts import Former
-from sos_dask.storage.store import (
-    StageResult,
-    check_product,
-    home,
-    publish,
-    published,
-    put_cost,
-    result_of,
-)
+from sos_dask.storage.store import StageResult
 
 logger = logging.getLogger(__name__)
 
@@ -85,30 +78,14 @@ def rebuild(
 ) -> Build:
     """Run what has changed and publish the products, if the gate lets them pass.
 
-    Parameters
-    ----------
-    job : Job
-    store : Path, optional
-        Default: that of the job.
-    cluster : Cluster or callable, optional
-        Runs the tasks, or gives a context manager of what does; it is entered only if a stage runs.
-        Default: tasks run in this process.
-    report : Report
-    watch : Watch, optional
+    The store is by default that of the job. The cluster runs the tasks, or gives a context manager
+    of what does, which is entered only if a stage runs; by default tasks run in this process.
 
-    Returns
-    -------
-    Build
-
-    Raises
-    ------
-    CatalogError
-        A file of a product is not the one that was written: nothing is published. The SHA-256 of
-        all files are compared, or their bytes (``[publish] check = "size"``; always of those that
-        this run has written).
-    GateError
-        The figures of the build are outside of the limits of the job (``[gate]``), or a rollback
-        has withdrawn it: it is kept, and not published.
+    Raises `CatalogError` where a file of a product is not the one that was written: nothing is
+    published. The SHA-256 of all files are compared, or their bytes (``[publish] check = "size"``;
+    always of those that this run has written). Raises `GateError` where the figures of the build
+    are outside of the limits of the job (``[gate]``), or a rollback has withdrawn it: it is kept,
+    and not published.
     """
     plan = Plan(job, store)
     store, watch = plan.store, watch or Watch()
@@ -131,7 +108,7 @@ def rebuild(
                     before = former.get(planned.product)
                     counts = planned.run(active, report, Former(store.absolute(), before))
             name, stage, ran = planned.product, planned.recipe.stage, not planned.complete
-            result = result_of(name, stage, planned.directory, ran, planned.reason)
+            result = stores.result_of(name, stage, planned.directory, ran, planned.reason)
             results.append(replace(result, parts=counts))
             watch.ended(results[-1], time.monotonic() - began)
             done.append(planned)
@@ -140,9 +117,9 @@ def rebuild(
         stage, directory, by = planned.recipe.stage, planned.directory, job.publish.check
         if not planned.complete:
             # A rebuild beside this one may have been ahead of these workers.
-            Output(home(stage, directory), planned.recipe).tidy()
+            Output(stores.home(stage, directory), planned.recipe).tidy()
             by = "size"  # this very run has hashed the content while it wrote
-        check_product(planned.product, stage, directory, by)
+        stores.check_product(planned.product, stage, directory, by)
     report("check products", len(done), len(done))
     choices = {}
     for planned in done:
@@ -153,15 +130,8 @@ def rebuild(
             choices[name] = Choice(found["method"], found["why"], metrics)
     products = {planned.product: (planned.recipe, planned.directory) for planned in done}
     path, outcome, refused = _published(job, store, products)
-    build = Build(
-        path.name,
-        path,
-        {name: str(followed(path / name)) for name in products},
-        tuple(results),
-        choices,
-        outcome,
-        refused,
-    )
+    places = {name: str(followed(path / name)) for name in products}
+    build = Build(path.name, path, places, tuple(results), choices, outcome, refused)
     if refused:
         what = f"build {build.name} of {store} is kept, but not published: {'; '.join(refused)}"
         hint = (
@@ -177,13 +147,13 @@ def _published(
     """Publish products, unless they are or must not be; the build, the outcome, and why not."""
     fingerprints = {product: recipe.fingerprint for product, (recipe, _) in products.items()}
     before = history.current_products(store)
-    if published(store) == fingerprints:
-        return publish(store, job.name, job.text, products), "unchanged", ()
-    now = {name: home(recipe.stage, path) for name, (recipe, path) in products.items()}
+    if stores.published(store) == fingerprints:
+        return stores.publish(store, job.name, job.text, products), "unchanged", ()
+    now = {name: stores.home(recipe.stage, path) for name, (recipe, path) in products.items()}
     known, withdrawn = history.unpublished(store, fingerprints)
     refused = (withdrawn,) if withdrawn else _refused(job, store, now, before)
     if known is None:
-        known = publish(store, job.name, job.text, products, refused)
+        known = stores.publish(store, job.name, job.text, products, refused)
     elif not refused:
         history.publish_build(store, known.name)
     return known, "refused" if refused else "published", refused
@@ -217,4 +187,4 @@ def _measured(store: Path, planned: Planned, cluster: Cluster) -> Iterator[None]
         raise
     after = cluster.cpu_seconds()
     cpu = sum(max(now - before.get(name, 0.0), 0.0) for name, now in after.items())
-    put_cost(store, planned.recipe.fingerprint, wall_s=time.monotonic() - wall, cpu_s=cpu)
+    stores.put_cost(store, planned.recipe.fingerprint, wall_s=time.monotonic() - wall, cpu_s=cpu)

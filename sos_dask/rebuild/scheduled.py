@@ -7,10 +7,9 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from sos_dask.rebuild.metrics import write_metrics
 from sos_dask.rebuild.pipeline import Build, Watch, rebuild
 from sos_dask.rebuild.plan import Plan, Planned
 from sos_dask.run.cluster import Cluster, Report, silent
-from sos_dask.run.machine import peak_bytes
+from sos_dask.run.machine import handled, peak_bytes
 from sos_dask.storage.objects import as_path
 from sos_dask.storage.store import StageResult
 
@@ -87,25 +86,9 @@ def scheduled(
 ) -> Build:
     """Run a rebuild as `rebuild` does, under the lock of the store, with a log there.
 
-    Parameters
-    ----------
-    job, store, cluster, report
-        See `rebuild`.
-    lock : bool
-        Without it, it runs beside another rebuild.
-    echo : callable, optional
-        Gets the lines of the log.
-    told : callable
-        Gets what the run will take, before it starts.
-
-    Raises
-    ------
-    LockedError
-        Another process works on the store.
-    GateError
-        See `rebuild`.
-    StorageError
-        What it will write does not fit on the disk.
+    Without the lock it runs beside another rebuild. ``echo`` gets the lines of the log, ``told``
+    what the run will take, before it starts. Raises `LockedError`: another process works on the
+    store; `GateError`: see `rebuild`; `StorageError`: what it will write does not fit on the disk.
     """
     store = as_path(store or job.resolve(job.store))
     if not (store / "artifacts").exists():
@@ -113,7 +96,7 @@ def scheduled(
     holding: Any = nullcontext(lambda stage: None)
     if lock:
         holding = locked(store, f"rebuild of '{job.name}'")
-    with holding as at, _terminable():
+    with holding as at, handled(signal.SIGTERM, _stop):
         log, began = RunLog(store, echo), time.monotonic()
         about = {"host": socket.gethostname(), "pid": os.getpid(), "sos_dask": __version__}
         log.event("start", job=job.name, job_file=job.path, **about)
@@ -170,18 +153,6 @@ def _tell(job: Job, store: Path, outcome: dict[str, Any], log: RunLog) -> None:
         logger.warning("the command of [on_failure], %s, failed: %s", command[0], result)
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does, so that it is logged; only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _stop(number: int, frame: Any) -> None:
+    """End the run as Ctrl-C does, so that it is logged."""
+    raise Terminated

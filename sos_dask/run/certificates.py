@@ -21,13 +21,8 @@ def make_certificates(folder: Path, days: int = 365) -> Mapping[str, Path]:
     """Make an authority and a certificate of it in a folder; the files of ``[cluster.tls]``.
 
     Keys can be read by their owner alone. Dask compares the authority, not the names of hosts.
-
-    Raises
-    ------
-    StorageError
-        The folder has such files already, or cannot be written.
-    ConfigError
-        The program openssl (3.0 or newer) is missing, or fails.
+    Raises `StorageError`: the folder has such files already, or cannot be written; `ConfigError`:
+    the program openssl (3.0 or newer) is missing, or fails.
     """
     files = {name: folder / file for name, file in _NAMES.items()}
     ca_key = folder / _CA_KEY

@@ -112,11 +112,7 @@ class Cluster:
         return {"": time.process_time(), **there}
 
     def run(
-        self,
-        function: Callable[[T], R],
-        tasks: Sequence[T],
-        step: str,
-        report: Report = silent,
+        self, function: Callable[[T], R], tasks: Sequence[T], step: str, report: Report = silent
     ) -> list[R]:
         """Run a function for every task; results in the order of the tasks.
 
@@ -164,26 +160,13 @@ def start(
 ) -> Iterator[Cluster]:
     """Start a cluster for the time of a ``with`` block.
 
-    Parameters
-    ----------
-    n_workers : int, optional
-        Worker processes of one thread each on this machine; default one a core, 0 for none (tasks
-        run in this process).
-    memory_limit : str
-        Per worker or thread (``"4GiB"``), 0 for none; default its part of the memory there is.
-    scheduler : str, optional
-        Address of a running Dask scheduler, or the path of its scheduler file, used instead.
-    n_threads : int, optional
-        Threads of this process that run tasks, instead of workers.
-    **more
-        Other settings of a cluster: see `ClusterSettings`.
+    ``n_workers`` are processes of one thread each on this machine, by default one a core, 0 for
+    none (tasks run in this process); ``n_threads`` of this process run tasks instead. The
+    ``memory_limit`` is that of each worker or thread (``"4GiB"``), 0 for none; by default its part
+    of the memory there is. ``scheduler``, used instead, is the address of a running Dask scheduler,
+    or the path of its scheduler file. For other settings see `ClusterSettings`.
 
-    Raises
-    ------
-    ClusterError
-        The scheduler does not answer.
-    ConfigError
-        See `check_place`.
+    Raises `ClusterError`: the scheduler does not answer; `ConfigError`: see `check_place`.
     """
     settings = check_place(n_workers, memory_limit, scheduler, n_threads, **more)
     limited = memory_limit != "auto"
@@ -215,10 +198,8 @@ def _limit_bytes(memory_limit: str) -> int | None:
     sound = limit == 0 or _LEAST_BYTES <= limit <= 2**60
     if not sound or not memory_limit.strip()[0].isdigit():
         least = f"{_LEAST_BYTES >> 20}MiB or more; most steps need some hundred"
-        raise ConfigError(
-            f"{memory_limit!r} is not a memory limit",
-            f"Give a number with its unit, as in 4GiB ({least}); auto, or 0 for none.",
-        )
+        hint = f"Give a number with its unit, as in 4GiB ({least}); auto, or 0 for none."
+        raise ConfigError(f"{memory_limit!r} is not a memory limit", hint)
     return limit or None
 
 

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from sos_dask.errors import ClusterError, ConfigError
-from sos_dask.run.machine import KEPT_BYTES, WORKER, n_cores
+from sos_dask.run.machine import KEPT_BYTES, WORKER, handled, n_cores
 from sos_dask.run.workers import TIMEOUT_S, Workers
 from sos_dask.settings import Settings
 
@@ -353,7 +353,7 @@ def _watch_jobs(stack: contextlib.ExitStack, cluster: Any, listing: Sequence[str
 
 
 def nested(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of Dask by their dotted names, as a document of YAML has them."""
+    """Settings by their dotted names, as a document of YAML or TOML has them."""
     document: dict[str, Any] = {}
     for name, value in settings.items():
         *folders, last = name.split(".")
@@ -378,8 +378,9 @@ def _local_client(
 
     _share_imports()
     arrived: list[int] = []
-    with _interrupts(lambda number, frame: arrived.append(number)), _worker_environment():
-        with _interrupts(signal.SIG_IGN):  # which workers inherit with the environment
+    arrive = handled(signal.SIGINT, lambda number, frame: arrived.append(number))
+    with arrive, _worker_environment():
+        with handled(signal.SIGINT, signal.SIG_IGN):  # which workers inherit with the environment
             multiprocessing.forkserver.ensure_running()
         local = stack.enter_context(
             LocalCluster(
@@ -449,16 +450,3 @@ def _worker_environment() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ |= before
-
-
-@contextlib.contextmanager
-def _interrupts(handler: Any) -> Iterator[None]:
-    """Another handler of Ctrl-C; only the main thread has one."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

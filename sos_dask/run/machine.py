@@ -8,7 +8,9 @@ import importlib
 import math
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +92,19 @@ def _groups(controller: str) -> Iterator[Path]:
                 root = _CGROUPS / controllers
                 folder = root / group.strip("/")
                 yield from (p for p in (folder, *folder.parents) if p.is_relative_to(root))
+
+
+@contextlib.contextmanager
+def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """Set another handler of a signal for a ``with`` block; only the main thread can have one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def keep_freed_memory() -> None:

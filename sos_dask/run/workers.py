@@ -15,7 +15,7 @@ import queue
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -85,16 +85,10 @@ class _Seen:
 class Workers:
     """The workers that a client of Dask reaches.
 
-    Parameters
-    ----------
-    client : distributed.Client
-    timeout : float
-        Seconds without any worker that are too many; of silence of one, or of the scheduler, at
-        most 30 are.
-    own : bool
-        Whether this process has started them beside it: then they have its package and files.
-    settings, environment : mapping
-        Settings of Dask, and variables of the environment, that workers should have.
+    ``timeout``: seconds without any worker that are too many; of silence of one, or of the
+    scheduler, at most 30 are. ``own``: this process has started them beside it, so they have its
+    package and files. ``settings`` of Dask and variables of the ``environment`` are what workers
+    should have.
     """
 
     client: Any
@@ -385,8 +379,11 @@ class Workers:
 
     def submit(self, address: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Give a call to one worker; its future."""
-        with self._gone():
+        try:
             return self.client.submit(function, *arguments, workers=[address], pure=False)
+        except (RuntimeError, OSError, asyncio.CancelledError) as error:
+            what = f"the scheduler {self.place} is gone ({error!r})"
+            raise ClusterError(what, "Run the same command again: it goes on.") from error
 
     def fetch(self, wanted: Any, addresses: Collection[str]) -> Any:
         """Wait for futures of some workers, and give their results, in the same structure.
@@ -415,15 +412,6 @@ class Workers:
         release(given)
         # The thread of the client does it; a key that is wanted before that keeps its old task.
         self._begin(asyncio.sleep(0)).result(self.silence_s)
-
-    @contextlib.contextmanager
-    def _gone(self) -> Iterator[None]:
-        """Turn errors of a client that has lost its scheduler into a `ClusterError`."""
-        try:
-            yield
-        except (RuntimeError, OSError, asyncio.CancelledError) as error:
-            what = f"the scheduler {self.place} is gone ({error!r})"
-            raise ClusterError(what, "Run the same command again: it goes on.") from error
 
 
 def _rooms(fit: Mapping[str, Info], load: Mapping[str, int], n_tasks: int) -> list[str]:

@@ -46,15 +46,7 @@ def _healpy() -> Any:
 
 @dataclass(frozen=True, order=True)
 class HealpixPixel:
-    """One HEALPix pixel in NESTED order.
-
-    Parameters
-    ----------
-    order : int
-        0 to 29; the sky has ``12 * 4**order`` pixels.
-    pixel : int
-        Index in NESTED order.
-    """
+    """One HEALPix pixel in NESTED order; of order 0 to 29 there are ``12 * 4**order``."""
 
     order: int
     pixel: int
@@ -78,8 +70,7 @@ class HealpixPixel:
             order, pixel = (int(part) for part in text.split(":"))
         except ValueError:
             raise ConfigError(
-                f"'{text}' is not a HEALPix pixel",
-                "Write order:pixel, for example 2:44.",
+                f"'{text}' is not a HEALPix pixel", "Write order:pixel, for example 2:44."
             ) from None
         return cls(order, pixel)
 
@@ -99,22 +90,7 @@ class HealpixPixel:
 
 
 def ang2pix(ra: FloatArray, dec: FloatArray, order: int = MAX_ORDER) -> IntArray:
-    """Find the cells of positions.
-
-    Parameters
-    ----------
-    ra, dec : ndarray of float64, shape (n,), deg
-        Finite; dec within [-90, 90].
-
-    Returns
-    -------
-    ndarray of int64, shape (n,)
-
-    Raises
-    ------
-    ValueError
-        A declination is nan or outside.
-    """
+    """Find the cells of positions (deg); `ValueError` where a dec is nan or outside [-90, 90]."""
     if not (np.abs(dec) <= 90.0).all():
         raise ValueError("a declination is missing or outside of -90 to 90 degrees")
     # The operations of healpy.ang2pix in its order, so that both agree to the last bit.
@@ -129,17 +105,10 @@ def centre(pixel: HealpixPixel) -> tuple[FloatArray, FloatArray]:
 
 
 def with_neighbours(cells: IntArray, order: int) -> IntArray:
-    """List each cell with its neighbours.
+    """List each cell (n,) with its neighbours, shape (n, 9).
 
-    Parameters
-    ----------
-    cells : ndarray of int64, shape (n,)
-
-    Returns
-    -------
-    ndarray of int64, shape (n, 9)
-        The cell, then SW, W, NW, N, NE, E, SE, S; -1 where there is none (at the eight points where
-        only three base pixels meet).
+    They are the cell, then SW, W, NW, N, NE, E, SE, S; -1 where there is none (at the eight points
+    where only three base pixels meet).
     """
     out = np.empty((len(cells), 9), dtype=np.int64)
     out[:, 0] = cells
@@ -168,38 +137,23 @@ def in_ranges(cells29: IntArray, ranges: Ranges) -> NDArray[np.bool_]:
     return np.asarray(np.searchsorted(edges, cells29, side="right") % 2 == 1)
 
 
-def plan_partitions(
-    histogram: IntArray,
-    order: int,
-    rows_per_partition: int,
-    max_order: int | None = None,
-) -> list[HealpixPixel]:
+def plan_partitions(histogram: IntArray, order: int, rows_per_partition: int) -> list[HealpixPixel]:
     """Split the sky until each pixel holds at most so many rows.
 
-    Parameters
-    ----------
-    histogram : ndarray of int64, shape (12 * 4**order,)
-        Rows per cell of the given order.
-    rows_per_partition : int
-        A pixel of the histogram's own order is not split further.
-
-    Returns
-    -------
-    list of HealpixPixel
-        Sorted by position on the curve; empty pixels are left out.
+    The histogram has the rows of each cell of an order, past which no pixel is split. The pixels
+    are sorted by position on the curve; empty ones are left out.
     """
     levels = [histogram]
     while len(levels[-1]) > 12:
         levels.append(levels[-1].reshape(-1, 4).sum(axis=1))
     levels.reverse()
-    deepest = order if max_order is None else min(order, max_order)
     pixels: list[HealpixPixel] = []
     open_pixels: IntArray = np.arange(12, dtype=np.int64)
-    for level in range(deepest + 1):
+    for level in range(order + 1):
         counts = levels[level][open_pixels]
-        done = (counts > 0) & ((counts <= rows_per_partition) | (level == deepest))
+        done = (counts > 0) & ((counts <= rows_per_partition) | (level == order))
         pixels += [HealpixPixel(level, int(p)) for p in open_pixels[done]]
-        split = open_pixels[counts > 0] if level < deepest else open_pixels[:0]
+        split = open_pixels[counts > 0] if level < order else open_pixels[:0]
         split = split[levels[level][split] > rows_per_partition]
         open_pixels = (split[:, None] * 4 + np.arange(4)).ravel()
     return sorted(pixels, key=lambda pixel: pixel.first)
@@ -215,16 +169,7 @@ def unit_vectors(ra: FloatArray, dec: FloatArray) -> FloatArray:
 def separation_arcsec(
     ra1: FloatArray, dec1: FloatArray, ra2: FloatArray, dec2: FloatArray
 ) -> FloatArray:
-    """Great-circle separation (haversine formula), accurate for the smallest angles.
-
-    Parameters
-    ----------
-    ra1, dec1, ra2, dec2 : ndarray of float64, deg
-
-    Returns
-    -------
-    ndarray of float64, arcsec
-    """
+    """Great-circle separation in arcsec (haversine formula), accurate for the smallest angles."""
     lat1, lat2 = np.radians(dec1), np.radians(dec2)
     d_lat = np.radians(dec2 - dec1)
     d_lon = np.radians(ra2 - ra1)
@@ -233,25 +178,12 @@ def separation_arcsec(
 
 
 def propagate(
-    ra: FloatArray,
-    dec: FloatArray,
-    pmra: FloatArray,
-    pmdec: FloatArray,
-    years: FloatArray | float,
+    ra: FloatArray, dec: FloatArray, pmra: FloatArray, pmdec: FloatArray, years: FloatArray | float
 ) -> tuple[FloatArray, FloatArray]:
-    """Move positions along great circles by their proper motions.
+    """Move positions in degrees along great circles by their proper motions in mas/yr.
 
-    Parameters
-    ----------
-    ra, dec : ndarray of float64, deg
-    pmra, pmdec : ndarray of float64, mas/yr
-        ``pmra`` includes cos(dec), as Gaia and APOGEE give it.
-    years : float or ndarray of float64, yr
-
-    Returns
-    -------
-    ra, dec : ndarray of float64, deg
-        ra in [0, 360). Stars stay where they are where a proper motion is zero.
+    ``pmra`` includes cos(dec), as Gaia and APOGEE give it. The ra is in [0, 360); stars stay where
+    they are where a proper motion is zero.
     """
     lon, lat = np.radians(ra), np.radians(dec)
     east, north = pmra * years, pmdec * years

@@ -284,13 +284,9 @@ def choose(
 ) -> tuple[IntArray, IntArray, IntArray, IntArray, FloatingArray]:
     """Choose among the rows row[first[s]:first[s + 1]] of each star.
 
-    Returns
-    -------
-    used_first, used_row : ndarray of int64
-        The used rows of a star are used_row[used_first[s]:used_first[s + 1]].
-    best, bits : ndarray of int64
-        Best row and quality of each star.
-    total_snr : ndarray of float
+    Gives ``used_first`` and ``used_row``, of which used_row[used_first[s]:used_first[s + 1]] are
+    the used rows of a star, and of each star the best row, its quality, and the S/N of all used
+    rows.
     """
     n_stars = len(first) - 1
     used_first, used_row = np.zeros_like(first), np.empty_like(row)
@@ -332,17 +328,10 @@ def combine_label(
 ) -> tuple[FloatingArray, FloatingArray, NDArray[np.float32], BoolArray]:
     """Combine a label over the rows row[first[s]:first[s + 1]] of each star; NaN: none.
 
-    Parameters
-    ----------
-    first, row : ndarray of int64
-    values, errors : ndarray of float, by row, of one type
-    limits : tuple of float
-        Error of one row where none is stated (NaN: unknown); the largest spread in units of the
-        error; error of the median over that of the mean (0: a mean weighted by 1 / error**2).
-
-    Returns
-    -------
-    value, error, spread, is_wide : ndarray by star
+    Values and errors, by row, are of one type. The limits are the error of one row where none is
+    stated (NaN: unknown); the largest spread in units of the error; the error of the median over
+    that of the mean (0: a mean weighted by 1 / error**2). Gives by star the value, its error, the
+    spread, and whether that is too large.
     """
     expected_error, max_spread, median_error = limits
     n_stars = len(first) - 1

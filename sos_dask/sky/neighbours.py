@@ -63,15 +63,9 @@ def order_for_radius(radius_arcsec: float) -> int:
 
 @dataclass(frozen=True)
 class Sky:
-    """Rows on the sky.
+    """Rows on the sky, shape (n,) each, in degrees with the order-29 ``cells`` of the positions.
 
-    Parameters
-    ----------
-    ra, dec : ndarray of float64, shape (n,), deg
-    cells : ndarray of int64, shape (n,)
-        Order-29 cells of the positions.
-    rank : ndarray of int64, shape (n,)
-        Preference, the smallest first; of equal ranks the first row.
+    ``rank`` is the preference, the smallest first; of equal ranks the first row.
     """
 
     ra: FloatArray
@@ -108,18 +102,10 @@ def first_of_runs(order: IntArray, *keys: NDArray[Any]) -> tuple[IntArray, IntAr
 
 
 def order_by(keys: tuple[NDArray[Any], ...], more: Callable[[IntArray], NDArray[Any]]) -> IntArray:
-    """Sort rows by keys, the last one first, as `numpy.lexsort` does.
+    """Sort rows by keys (n,), the last one first, as `numpy.lexsort` does.
 
-    Parameters
-    ----------
-    keys : tuple of ndarray, shape (n,)
-    more : callable
-        Gives a further key of some rows: asked for those alone that have equal keys.
-
-    Returns
-    -------
-    ndarray of int64, shape (n,)
-        Row numbers; where all is equal they ascend.
+    ``more`` gives a further key of some rows: it is asked for those alone that have equal keys.
+    Where all is equal the row numbers ascend.
     """
     order = np.lexsort(keys)
     tied = ties(*(values[order] for values in keys))
@@ -165,19 +151,10 @@ def surrounding_cells(pixel: HealpixPixel, order: int, layers: int) -> list[IntA
 def surroundings(pixel: HealpixPixel, radius_arcsec: float, layers: int = 1) -> list[Ranges]:
     """List the sky around a pixel in layers, each at least a radius deep, as order-29 ranges.
 
-    Parameters
-    ----------
-    pixel : HealpixPixel
-    radius_arcsec : float
-        Every point within it of a point in the pixel (of layer i) lies in the pixel or in layer 1
-        (in layers up to i + 1).
-    layers : int
-
-    Returns
-    -------
-    list of lists of (first, stop)
-        One a layer, sorted and disjoint; none contains a point of the pixel itself. Layer 1 also
-        contains what surrounds a pixel that is itself smaller than the radius.
+    Every point within the radius of a point in the pixel (of layer i) lies in the pixel or in layer
+    1 (in layers up to i + 1). The ranges (first, stop) of a layer are sorted and disjoint; none
+    contains a point of the pixel itself. Layer 1 also contains what surrounds a pixel that is
+    itself smaller than the radius.
     """
     # Cells finer than 1/128 of the pixel would only lengthen the list of ranges.
     order = min(order_for_radius(radius_arcsec), pixel.order + 7)
@@ -192,17 +169,8 @@ def surroundings(pixel: HealpixPixel, radius_arcsec: float, layers: int = 1) -> 
 def near_pixel(pixel: HealpixPixel, cells29: IntArray, reach_arcsec: float) -> BoolArray:
     """Tell which cells lie in a pixel or may lie within a reach of it.
 
-    Parameters
-    ----------
-    pixel : HealpixPixel
-    cells29 : ndarray of int64, shape (n,)
-        Order-29 cells inside of the pixel or in layer 1 of its `surroundings`.
-    reach_arcsec : float
-
-    Returns
-    -------
-    ndarray of bool, shape (n,)
-        Fewer than `surroundings` would say, whose cells may be much wider than the reach.
+    The order-29 cells (n,) are inside of the pixel or in layer 1 of its `surroundings`; fewer are
+    near than these would say, whose cells may be much wider than the reach.
     """
     near = in_ranges(cells29, [(pixel.first, pixel.stop)])
     order = order_for_radius(reach_arcsec)
@@ -235,29 +203,15 @@ def candidates(
 ) -> Iterator[tuple[IntArray, IntArray]]:
     """Find index pairs that contain every pair of positions within reach, in blocks.
 
-    Each position is entered into its cell and into those neighbours that the reach can touch, at
-    an order whose cells are wider than the reach; the entries are joined with the sorted side by
+    Each position is entered into its cell and into those neighbours that the reach can touch, at an
+    order whose cells are wider than the reach; the entries are joined with the sorted side by
     binary search.
 
-    Parameters
-    ----------
-    cells : ndarray of int64, shape (n,)
-        Order-29 cells; any order of rows, fastest when sorted.
-    reach_arcsec : float or ndarray of float64, shape (n,), arcsec
-        How far each position looks. At most 20 degrees.
-    sorted_cells : ndarray of int64, shape (m,)
-        Order-29 cells of the other side, ascending.
-
-    Yields
-    ------
-    i, j : ndarray of int64
-        Indices into ``cells`` and ``sorted_cells``. Every pair at most once, in no stated order,
-        many of them farther apart than the reach.
-
-    Raises
-    ------
-    ConfigError
-        A reach is negative, not finite or over 20 degrees.
+    Order-29 ``cells`` (n,) may have any order of rows, and are fastest when sorted;
+    ``reach_arcsec`` says how far all, or each (n,), look, at most 20 degrees; ``sorted_cells`` (m,)
+    of the other side ascend. Yields indices into these two: every pair at most once, in no stated
+    order, many of them farther apart than the reach. Raises `ConfigError` where a reach is
+    negative, not finite or over 20 degrees.
     """
     for rows, low, count in _runs(cells, reach_arcsec, sorted_cells):
         some = count > 0
@@ -304,21 +258,10 @@ def _runs(
 def rows_near(
     sorted_cells: IntArray, cells: IntArray, reach_arcsec: FloatArray | float
 ) -> IntArray:
-    """Rows that may lie within reach of one of some positions.
+    """Rows that may lie within reach of one of some positions: all within reach, and some beyond.
 
-    Parameters
-    ----------
-    sorted_cells : ndarray of int64, shape (n,)
-        Order-29 cells of the rows, ascending.
-    cells : ndarray of int64, shape (m,)
-        Order-29 cells of the positions.
-    reach_arcsec : float or ndarray of float64, shape (m,), arcsec
-        At most 20 degrees.
-
-    Returns
-    -------
-    ndarray of int64
-        Row numbers, ascending: all that lie within reach, and some beyond.
+    The order-29 cells of the rows (n,) ascend, and so do the row numbers that are found; a reach,
+    one or by position (m,), is at most 20 degrees.
     """
     steps = np.zeros(len(sorted_cells) + 1, dtype=np.int64)
     for _, low, count in _runs(cells, reach_arcsec, sorted_cells):
@@ -392,22 +335,10 @@ def pairs_within(
 ) -> tuple[IntArray, IntArray] | None:
     """Find all pairs of rows within a radius of each other, unless they are too many.
 
-    The search of `candidates`, compiled and with the separations in it.
-
-    Parameters
-    ----------
-    ra, dec : ndarray of float64, shape (n,), deg
-    cells29 : ndarray of int64, shape (n,)
-        Order-29 cells of the positions, ascending.
-    radius_arcsec : float
-        At most a degree.
-    most : int
-        Room for so many pairs is asked of the system, and taken as it is filled.
-
-    Returns
-    -------
-    i, j : ndarray of int64, shape (m,)
-        i < j, each pair once, in no stated order. None: there are more than ``most``.
+    The search of `candidates`, compiled and with the separations in it. Positions (n,) are in
+    degrees, their order-29 cells ascend, and the radius is at most a degree. Gives rows i < j, each
+    pair once, in no stated order; None: there are more than ``most``, for which room is asked of
+    the system, and taken as it is filled.
     """
     none = np.empty(0, dtype=np.int64)
     if len(cells29) < 2:

@@ -65,19 +65,9 @@ def survey_means(
 ) -> Means:
     """Average the rows of each star in each survey.
 
-    Parameters
-    ----------
-    value, error : ndarray of float64, shape (r,)
-        Of rows, nan where unknown; errors that are not positive are unknown.
-    star, survey : ndarray of int64, shape (r,)
-        Numbers of star and survey; rows are sorted by star, then by survey.
-    shape : tuple of int
-        Number of stars n and of surveys s.
-    clip : float
-
-    Returns
-    -------
-    Means
+    The ``shape`` is the number of stars and of surveys. Values and errors (r,) are nan where
+    unknown; errors that are not positive are unknown, too. Stars and surveys (r,) are numbered from
+    0; rows are sorted by star, then by survey.
     """
     group = star * shape[1] + survey
     is_first = starts(group)
@@ -225,23 +215,12 @@ def floors(
 ) -> tuple[FloatArray, FloatArray, list[dict[str, Any]]]:
     """Measure the floors of the errors of surveys by stars in common.
 
-    Parameters
-    ----------
-    value, error : ndarray of float, shape (n, s)
-        Means of the surveys of stars, nan where unknown.
-    surveys : sequence of str
-        Their names.
-
-    Returns
-    -------
-    floor : ndarray of float64, shape (s,)
-        0 where a survey cannot be compared.
-    correlation : ndarray of float64, shape (s, s)
-        Of the errors of two surveys, from 0 to 0.9; of a survey with itself 1.
-    found : list of dict
-        A row for each two surveys: ``survey``, ``other``, ``n`` stars in common, ``offset``
-        (median of survey - other), ``scatter`` of it, ``width`` (scatter in units of the stated
-        errors), ``correlation``; then a row for each survey: its ``floor``.
+    Values and errors (n, s) are means of the surveys of stars, nan where unknown. Gives the floors
+    (s,), 0 where a survey cannot be compared; the correlations (s, s) of the errors of two surveys,
+    from 0 to 0.9, of a survey with itself 1; and a row for each two surveys: ``survey``, ``other``,
+    ``n`` stars in common, ``offset`` (median of survey - other), ``scatter`` of it, ``width``
+    (scatter in units of the stated errors), ``correlation``; then a row for each survey: its
+    ``floor``.
     """
     found: list[dict[str, Any]] = []
     excess: dict[tuple[int, int], tuple[float, float]] = {}  # and its weight
@@ -299,21 +278,14 @@ def _shared(excess: dict[tuple[int, int], tuple[float, float]], n: int) -> Float
 
     if not excess:
         return np.zeros(n)
-    rows: list[FloatArray] = []
-    wanted: list[float] = []
-    least = 1e-3 * min(weight for _, weight in excess.values())
-    for pair, (one, weight) in excess.items():
-        row = np.zeros(n)
-        row[list(pair)] = weight
-        rows.append(row)
-        wanted.append(weight * one)
+    wanted = [(list(pair), weight, one) for pair, (one, weight) in excess.items()]
     # Two surveys alone do not tell whose it is: half each.
+    least = 1e-3 * min(weight for _, weight in excess.values())
     for number in range(n):
-        mine = [one / 2 for pair, (one, _) in excess.items() if number in pair]
-        if mine:
-            row = np.zeros(n)
-            row[number] = least
-            rows.append(row)
-            wanted.append(least * float(np.mean(mine)))
-    square, _ = nnls(np.array(rows), np.array(wanted))
+        if mine := [one / 2 for pair, (one, _) in excess.items() if number in pair]:
+            wanted.append(([number], least, float(np.mean(mine))))
+    rows = np.zeros((len(wanted), n))
+    for row, (places, weight, _) in zip(rows, wanted, strict=True):
+        row[places] = weight
+    square, _ = nnls(rows, np.array([weight * one for _, weight, one in wanted]))
     return np.asarray(np.sqrt(square))

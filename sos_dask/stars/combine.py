@@ -59,30 +59,17 @@ def combine(
 ) -> pa.Table:
     """Combine the observations of each star into one row, by the rule of this module.
 
-    Parameters
-    ----------
-    table : pyarrow.Table
-        Observations: ``_healpix_29``, ``obs_id``, ``ra``, ``dec``, ``quality`` and any others. Text
-        may be coded by a dictionary; that of the stars is plain.
-    primary : ndarray of int64, shape (n,)
-        Row number of each row's primary (`group`); -1 for a row that is left out.
-    settings : DedupeSettings
-    expected_error : mapping of str to float
-        Error of one observation by label, used where none is stated.
+    Observations have ``_healpix_29``, ``obs_id``, ``ra``, ``dec``, ``quality`` and any other
+    columns; text may be coded by a dictionary, that of the stars is plain. ``primary`` (n,) is the
+    row number of each row's primary (`group`); -1 for a row that is left out. ``expected_error``,
+    of one observation by label, is used where none is stated.
 
-    Returns
-    -------
-    pyarrow.Table
-        ``_healpix_29``, ``star_id``, ``n_obs``, ``n_used``, ``ra``, ``dec``, the other columns in
-        their order, the spread of each label, ``flag_spread``, ``quality``; sorted by
-        (``_healpix_29``, ``star_id``).
+    Stars have ``_healpix_29``, ``star_id``, ``n_obs``, ``n_used``, ``ra``, ``dec``, the other
+    columns in their order, the spread of each label, ``flag_spread``, ``quality``; sorted by
+    (``_healpix_29``, ``star_id``).
 
-    Raises
-    ------
-    ConfigError
-        A column is missing.
-    PartitionError
-        ``primary`` names rows that are no primaries.
+    Raises `ConfigError`: a column is missing; `PartitionError`: ``primary`` names rows that are no
+    primaries.
     """
     required = (HEALPIX_COLUMN, "obs_id", "ra", "dec", "quality")
     require_columns(table.schema, required, "the observations to be combined")

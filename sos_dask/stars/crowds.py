@@ -183,21 +183,11 @@ def take(
 ) -> tuple[IntArray, IntArray, BoolArray]:
     """Let points take, in an order, those left of their key within a radius.
 
-    Parameters
-    ----------
-    spreads : bool
-        What is taken takes others in turn: the components.
-    limits : tuple of float
-        Low, high, radius in arcsec.
-    mistaken : ndarray of int64, ascending
-        Of ``pair``, those to be taken the other way round.
+    ``spreads``: what is taken takes others in turn: the components. ``limits``: low, high, radius
+    in arcsec. ``mistaken``, ascending: of ``pair``, those to be taken the other way round.
 
-    Returns
-    -------
-    root : ndarray of int64
-        By point, the one with which it began.
-    pair, is_near : ndarray
-        Pairs p * n + q whose separation should be measured, and what was taken to be so.
+    Gives ``root``, by point the one with which it began; ``pair``, pairs p * n + q whose separation
+    should be measured; ``is_near``, what was taken to be so.
     """
     low, high, radius_arcsec = limits
     n_points, n_open = len(tree.points), 0
@@ -238,10 +228,7 @@ def take(
 def nearest_points(asked: Tree, tree: Tree, high: float) -> tuple[IntArray, IntArray, FloatArray]:
     """Find the nearest point of the same key for each point asked, and all that may be it.
 
-    Returns
-    -------
-    i, j, square : ndarray
-        Point asked, point of the tree, squared chord: at most ``high``.
+    Gives points asked, points of the tree, and squared chords: at most ``high``.
     """
     left, n, room = np.ones(len(tree.points), dtype=np.bool_), 0, _room(len(tree.points))
     i, j = np.empty(len(left), dtype=np.int64), np.empty(len(left), dtype=np.int64)

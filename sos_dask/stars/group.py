@@ -129,28 +129,11 @@ def group(
 ) -> Groups:
     """Group the rows that are one star, by the rule of this module.
 
-    Parameters
-    ----------
-    ra, dec : ndarray of float64, shape (n,), deg
-    cells29 : ndarray of int64, shape (n,)
-        Order-29 cells of the positions, ascending.
-    rank : ndarray of int64, shape (n,)
-        Preference for the primary, the smallest first; best unique.
-    ids : mapping of str to ndarray of int64, shape (n,)
-        Gaia ids by release (``"dr3"``, ``"dr2"``); the last in the order of names is the newest.
-        Not positive where there is none.
-    frontier : ndarray of bool, shape (n,), optional
-        Rows so near to sky that was not read that they may have links into it.
-    settings : Radii
-
-    Returns
-    -------
-    Groups
-
-    Raises
-    ------
-    PartitionError
-        The rows are not sorted on the sky.
+    Arrays are of shape (n,): positions in degrees; their order-29 cells, ascending; ``rank``, the
+    preference for the primary, the smallest first, best unique; Gaia ``ids`` by release (``"dr3"``,
+    ``"dr2"``), of which the last in the order of names is the newest, not positive where there is
+    none; and ``frontier``, rows so near to sky that was not read that they may have links into it.
+    Raises `PartitionError` where the rows are not sorted on the sky.
     """
     if np.any(cells29[1:] < cells29[:-1]):
         raise PartitionError(f"rows to be grouped are not sorted by {HEALPIX_COLUMN}")
@@ -185,31 +168,14 @@ def group_around(
 ) -> tuple[pa.Table, BoolArray, IntArray]:
     """Group the rows of a pixel with as much of the sky around as their longest chain needs.
 
-    Parameters
-    ----------
-    pixel : HealpixPixel
-    read : callable
-        Gives the rows of ranges of cells, sorted by the cells in which they are compared, and which
-        of them belong to the pixel.
-    rank : callable
-        Gives the ranks of such rows, as for `group`.
-    reach_arcsec : float
-        Length of the longest link, and how far a row may stand from where it is compared.
-    settings : Radii
-    where : str
-        Named in the error, such as the path of a catalog.
+    ``read`` gives the rows of ranges of cells, sorted by the cells in which they are compared, and
+    which of them belong to the pixel; ``rank`` the ranks of such rows, as for `group`. The reach is
+    the length of the longest link, and how far a row may stand from where it is compared.
+    ``where``, such as the path of a catalog, is named in errors.
 
-    Returns
-    -------
-    table : pyarrow.Table
-    own : ndarray of bool, shape (n,)
-    primary : ndarray of int64, shape (n,)
-        As in `Groups`; right for the stars of which a row belongs to the pixel.
-
-    Raises
-    ------
-    PartitionError
-        A chain of rows is too long.
+    Gives the rows, which of them (n,) belong to the pixel, and their primaries (n,) as in `Groups`;
+    right for the stars of which a row belongs to the pixel. Raises `PartitionError` where a chain
+    of rows is too long.
     """
     layers, whole = 2, [(pixel.first, pixel.stop)]
     while layers <= _MAX_LAYERS:
@@ -495,21 +461,10 @@ def same_targets(
 ) -> tuple[IntArray, IntArray]:
     """Find links between pairs whose targets may be one star.
 
-    Parameters
-    ----------
-    ra, dec : ndarray of float64, shape (n,), deg
-        Of the targets.
-    cells29 : ndarray of int64, shape (n,)
-        Order-29 cells of the targets, ascending.
-    ids : list of ndarray of int64, shape (n,)
-        Gaia ids of each release, not positive where there is none.
-    radius_arcsec, id_radius_arcsec : float
-        Targets within the first are linked, and within the second where they share an id.
-
-    Returns
-    -------
-    i, j : ndarray of int64
-        Row numbers, i < j; where many targets crowd, enough of all links that the same are joined.
+    Positions (n,) of the targets are in degrees, their order-29 cells ascend, and the Gaia ids of
+    each release are not positive where there is none. Targets within the radius are linked, and
+    those that share an id within ``id_radius_arcsec``. Gives row numbers, i < j; where many targets
+    crowd, enough of all links that the same are joined.
     """
     sky = Sky(ra, dec, cells29, np.zeros(len(ra), dtype=np.int64))
     if neighbours.is_crowded(cells29, radius_arcsec):
@@ -532,19 +487,9 @@ def smallest_of_joined(
 ) -> KeyArray:
     """Find the smallest number of all pairs that are joined with each pair, in one or more steps.
 
-    Parameters
-    ----------
-    smallest : ndarray of uint64, shape (n,)
-        The smallest number of what was joined before; at first ``number``. Pairs with the same one
-        are joined.
-    number : ndarray of uint64, shape (n,)
-        `key_numbers` of the reference stars. Pairs of the same one are joined.
-    links : tuple of two ndarrays of int64
-        Row numbers of further pairs that are joined (`same_targets`).
-
-    Returns
-    -------
-    ndarray of uint64, shape (n,)
+    ``smallest`` (n,) is the smallest number of what was joined before; at first ``number``. Pairs
+    with the same one are joined, and those with the same ``number`` (n,), of `key_numbers` of the
+    reference stars. ``links`` are row numbers of further pairs that are joined (`same_targets`).
     """
     known, node = np.unique(smallest, return_inverse=True)  # nodes are numbered by their numbers
     order = np.argsort(number, kind="stable")

@@ -72,12 +72,8 @@ class MatchSettings(Radii):
 class Motion:
     """Bounds of the motion in a whole catalog.
 
-    Parameters
-    ----------
-    max_pm_mas_yr : float
-        Largest total proper motion, 0 where there is none.
-    epoch_min, epoch_max : float, yr
-        First and last ``position_epoch``, NaN where there is none.
+    The largest total proper motion is 0 where there is none; the first and the last
+    ``position_epoch``, in years, are NaN.
     """
 
     max_pm_mas_yr: float
@@ -87,20 +83,11 @@ class Motion:
 
 @dataclass(frozen=True)
 class Matches:
-    """Pairs of rows, sorted by (left, by_id first, separation, right key).
+    """Pairs of rows (n,) by their numbers, sorted by (left, by_id first, separation, right key).
 
-    Parameters
-    ----------
-    left, right : ndarray of int64, shape (n,)
-        Row numbers.
-    separation_arcsec : ndarray of float64, shape (n,)
-        At the common epoch.
-    n_candidates : ndarray of int32, shape (n,)
-        Candidates of that left row.
-    by_id : ndarray of bool, shape (n,)
-        The pair shares a Gaia id.
-    n_conflicts : int
-        Pairs within ``radius_arcsec`` that are none, because their ids differ.
+    Separations are at the common epoch; ``n_candidates`` are those of that left row; ``by_id``: the
+    pair shares a Gaia id; ``n_conflicts`` are pairs within ``radius_arcsec`` that are none, because
+    their ids differ.
     """
 
     left: IntArray
@@ -120,19 +107,9 @@ def reach_arcsec(
 ) -> FloatArray | float:
     """Bound how far apart the stored positions of a pair can be: the margin a partition needs.
 
-    Parameters
-    ----------
-    left, right : Motion
-        Bounds over the whole of each catalog.
-    ids : bool
-        Whether the catalogs have a Gaia release in common.
-    pm_mas_yr : float or ndarray of float64, shape (n,), optional
-        Total proper motions of single right rows, instead of the largest one.
-
-    Returns
-    -------
-    float or ndarray of float64, shape (n,), arcsec
-        Includes a milliarcsecond for rounding.
+    Motions are bounds over the whole of each catalog; ``ids``: the catalogs have a Gaia release in
+    common; ``pm_mas_yr``: total proper motions (n,) of single right rows, instead of the largest
+    one. The bound includes a milliarcsecond for rounding.
     """
     radius = settings.id_radius_arcsec if ids and settings.use_gaia_id else settings.radius_arcsec
     years = max(left.epoch_max - right.epoch_min, right.epoch_max - left.epoch_min, 0.0)
@@ -165,33 +142,17 @@ def at_epoch(table: pa.Table, epoch: float) -> pa.Table:
 
 
 def match(
-    left: pa.Table,
-    right: pa.Table,
-    settings: MatchSettings,
-    right_key: str | _KeysOf = "star_id",
+    left: pa.Table, right: pa.Table, settings: MatchSettings, right_key: str | _KeysOf = "star_id"
 ) -> Matches:
     """Find the pairs of two sky tables by the rule of this module.
 
-    Parameters
-    ----------
-    left, right : pyarrow.Table
-        Sorted by ``_healpix_29``; ``ra``, ``dec`` and, where there are any, ``pmra``, ``pmdec``,
-        ``position_epoch``, ``gaia_dr3_source_id``, ``gaia_dr2_source_id`` (null or not positive: no
-        id). ``right`` holds every row that can match (`reach_arcsec`), and may hold more.
-    right_key : str or callable
-        Column of the right table that breaks ties, int64 or string; or what gives that column of
-        some rows, for keys that are read only where there are ties.
+    The tables are sorted by ``_healpix_29``, with ``ra``, ``dec`` and, where there are any,
+    ``pmra``, ``pmdec``, ``position_epoch``, ``gaia_dr3_source_id``, ``gaia_dr2_source_id`` (null or
+    not positive: no id). ``right`` holds every row that can match (`reach_arcsec`), and may hold
+    more. ``right_key`` is the column of the right table that breaks ties, int64 or string; or what
+    gives that column of some rows, for keys that are read only where there are ties.
 
-    Returns
-    -------
-    Matches
-
-    Raises
-    ------
-    ConfigError
-        A column is missing.
-    PartitionError
-        A table is not sorted on the sky.
+    Raises `ConfigError`: a column is missing; `PartitionError`: a table is not sorted on the sky.
     """
     if isinstance(right_key, str):
         require_columns(right.schema, (right_key,), "the right side of the crossmatch")
@@ -220,14 +181,10 @@ def match(
     n_near, row_near, apart_near = _best(*by_position, rank)
     i = np.flatnonzero(n_id + n_near)
     has_id = n_id[i] > 0
-    return Matches(
-        i,
-        np.where(has_id, row_id[i], row_near[i]),
-        np.where(has_id, apart_id[i], apart_near[i]),
-        (n_id + n_near)[i].astype(np.int32),
-        has_id,
-        sum(conflicts),
-    )
+    chosen = np.where(has_id, row_id[i], row_near[i])
+    separation = np.where(has_id, apart_id[i], apart_near[i])
+    n_candidates = (n_id + n_near)[i].astype(np.int32)
+    return Matches(i, chosen, separation, n_candidates, has_id, sum(conflicts))
 
 
 @dataclass(frozen=True)
@@ -256,11 +213,8 @@ class _Side:
         return cls(tuple(floats_or_nan(table, name) for name in names), cells, ids)
 
     def take(self, rows: IntArray) -> _Side:
-        return _Side(
-            tuple(values[rows] for values in self.position),
-            self.cells[rows],
-            {name: values[rows] for name, values in self.ids.items()},
-        )
+        ids = {name: values[rows] for name, values in self.ids.items()}
+        return _Side(tuple(values[rows] for values in self.position), self.cells[rows], ids)
 
     @property
     def epoch(self) -> FloatArray:

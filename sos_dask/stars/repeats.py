@@ -56,56 +56,28 @@ _SHAPE = (len(MEASURED), len(KINDS), _NO_SNR + 1, _N_BINS + 1)
 
 @dataclass(frozen=True)
 class Factor:
-    """Width of the pulls of one kind of observations.
-
-    Parameters
-    ----------
-    label : str
-    kind : str
-        ``giant`` (log g < 3.5), ``dwarf``, or ``all``.
-    snr_low, snr_high : float or None
-        Signal to noise, weighted mean of both observations; None: no limit.
-    mean_snr : float or None
-        Its geometric mean: where this is the factor. None: of all pulls, of any S/N.
-    n : int
-        Pulls, without those clipped.
-    factor : float
-        What the stated errors must be multiplied by: the width, or 1 below `MIN_PULLS` pulls.
-    low, high : float or None
-        95 % interval of the width; None where it was not measured.
-    """
+    """Width of the pulls of one kind of observations."""
 
     label: str
-    kind: str
-    snr_low: float | None
+    kind: str  # ``giant`` (log g < 3.5), ``dwarf``, or ``all``
+    snr_low: float | None  # S/N, weighted mean of both observations; None: no limit
     snr_high: float | None
-    mean_snr: float | None
-    n: int
-    factor: float
-    low: float | None
+    mean_snr: float | None  # geometric: where this is the factor; None: of all pulls, of any S/N
+    n: int  # pulls, without those clipped
+    factor: float  # of the stated errors: the width, or 1 below `MIN_PULLS` pulls
+    low: float | None  # 95 % interval of the width; None where it was not measured
     high: float | None
 
 
 def pull_counts(
     table: pa.Table, primary: IntArray, expected_error: Mapping[str, float] | None = None
 ) -> list[int]:
-    """Count the pulls of the repeats in a table.
+    """Count the pulls of the repeats in a table: number and count of each bin that is not empty.
 
-    Parameters
-    ----------
-    table : pyarrow.Table
-        Observations in the order of their catalog: ``_healpix_29``, ``quality``, labels, and where
-        there are ``*_err`` and ``snr``. Only rows with quality 0 count, and of measurements that
-        are listed twice only one.
-    primary : ndarray of int64, shape (n,)
-        Equal for observations of one star; negative: of none.
-    expected_error : mapping of str to float, optional
-        Error of one observation by label, for surveys that state none.
-
-    Returns
-    -------
-    list of int
-        Number and count of each bin that is not empty, one after the other.
+    Observations, in the order of their catalog, have ``_healpix_29``, ``quality``, labels, and
+    where there are ``*_err`` and ``snr``. Only rows with quality 0 count, and of measurements that
+    are listed twice only one. ``primary`` (n,) is equal for observations of one star; negative: of
+    none. ``expected_error``, of one observation by label, is for surveys that state none.
     """
     counts = np.zeros(_SHAPE, dtype=np.int64)
     if table.num_rows:
@@ -134,12 +106,8 @@ def pull_counts(
 def merged_pulls(parts: Sequence[Sequence[int]]) -> list[Factor]:
     """Find the factors of a whole survey from the pulls of its parts.
 
-    Returns
-    -------
-    list of Factor
-        Of each label: all pulls, then giants and dwarfs, each also in bins of S/N that are joined
-        until they have `MIN_PULLS`; only those with pulls, but of the first three always that of
-        all.
+    Of each label: all pulls, then giants and dwarfs, each also in bins of S/N that are joined until
+    they have `MIN_PULLS`; only those with pulls, but of the first three always that of all.
     """
     counts = np.zeros(_SHAPE, dtype=np.int64)
     for part in parts:
@@ -164,22 +132,12 @@ def normalisation(
     logg: NDArray[np.floating],
     snr: NDArray[np.floating],
 ) -> FloatArray:
-    """Find the factor of the stated errors of some rows.
+    """Find the factor of the stated errors of some rows, by log g and S/N (n,), nan where unknown.
 
-    Parameters
-    ----------
-    factors : sequence of mapping
-        `Factor` as in the summary of a survey's stars; may be empty.
-    label : str
-    logg, snr : ndarray of float, shape (n,)
-        nan where unknown.
-
-    Returns
-    -------
-    ndarray of float64, shape (n,)
-        Of the row's kind, interpolated to its S/N and constant beyond the first and the last bin
-        with pulls enough; without any, or without S/N, of its kind alone, or of all; 1 where
-        nothing was measured.
+    ``factors`` are `Factor` as in the summary of a survey's stars; may be empty. The factor is that
+    of the row's kind, interpolated to its S/N and constant beyond the first and the last bin with
+    pulls enough; without any, or without S/N, of its kind alone, or of all; 1 where nothing was
+    measured.
     """
     # Stars of an older version do not tell the S/N: their stated errors stay.
     of_label = [one for one in factors if one["label"] == label and "mean_snr" in one]
@@ -202,18 +160,8 @@ def pull_correlation(values: FloatArray, errors: FloatArray, star: NDArray[Any])
 
     By the share of pulls that have one sign in two labels, which is 1/2 + asin(r) / pi of normal
     numbers of correlation r, whatever their widths (Sheppard 1899); pulls beyond `CLIP` do not
-    count.
-
-    Parameters
-    ----------
-    values, errors : ndarray of float, shape (n, l)
-    star : ndarray, shape (n,)
-        Equal for observations of one star.
-
-    Returns
-    -------
-    ndarray of float64, shape (l, l)
-        Positive definite; no correlation below `MIN_PULLS` pulls.
+    count. Values and errors are of shape (n, l); ``star`` (n,) is equal for observations of one
+    star. The matrix (l, l) is positive definite, without a correlation below `MIN_PULLS` pulls.
     """
     order = np.argsort(star, kind="stable")
     again = order[1:][star[order[1:]] == star[order[:-1]]]

@@ -96,29 +96,16 @@ class UnionSettings(Settings):
 def unite(table: pa.Table, primary: IntArray, settings: UnionSettings) -> pa.Table:
     """Unite the stars of several surveys by the rule of this module.
 
-    Parameters
-    ----------
-    table : pyarrow.Table
-        Stars of all surveys: ``_healpix_29``, ``survey`` and ``star_id`` (strings), ``ra``,
-        ``dec``, ``quality``, labels, any other canonical columns, and ``flag_spread`` where a
-        survey has it. Other columns are dropped.
-    primary : ndarray of int64, shape (n,)
-        Row number of each row's primary.
-    settings : UnionSettings
+    Stars of all surveys have ``_healpix_29``, ``survey`` and ``star_id`` (strings), ``ra``,
+    ``dec``, ``quality``, labels, any other canonical columns, and ``flag_spread`` where a survey
+    has it; other columns are dropped. ``primary`` (n,) is the row number of each row's primary.
 
-    Returns
-    -------
-    pyarrow.Table
-        ``_healpix_29``, ``star_id``, the canonical columns of the input in their canonical order,
-        further labels, ``survey``, ``sources``, ``n_surveys``, ``flag_spread``, ``quality``; sorted
-        by (``_healpix_29``, ``star_id``).
+    The union has ``_healpix_29``, ``star_id``, the canonical columns of the input in their
+    canonical order, further labels, ``survey``, ``sources``, ``n_surveys``, ``flag_spread``,
+    ``quality``; sorted by (``_healpix_29``, ``star_id``).
 
-    Raises
-    ------
-    ConfigError
-        A column is missing.
-    PartitionError
-        ``primary`` names rows that are no primaries.
+    Raises `ConfigError`: a column is missing; `PartitionError`: ``primary`` names rows that are no
+    primaries.
     """
     required = (HEALPIX_COLUMN, "survey", "star_id", "ra", "dec", "quality")
     require_columns(table.schema, required, "the stars to be united")
@@ -303,19 +290,10 @@ def in_order(surveys: Iterable[str], order: Sequence[str]) -> list[str]:
 def common_differences(table: pa.Table, primary: IntArray, settings: UnionSettings) -> pa.Table:
     """Differences from the first survey, of the stars that it has in common with another.
 
-    Parameters
-    ----------
-    table : pyarrow.Table
-        Stars of all surveys, as for `unite`.
-    primary : ndarray of int64, shape (n,)
-    settings : UnionSettings
-        The differences are from the survey that its order names first.
-
-    Returns
-    -------
-    pyarrow.Table
-        ``survey`` and, for each measured column, that survey's value less the first one's (float64,
-        nan where unknown); one row for each pair of rows with quality 0, in the order of ``table``.
+    Stars and primaries are those of `unite`; the first survey is that of the order in the settings.
+    Gives ``survey`` and, for each measured column, that survey's value less the first one's
+    (float64, nan where unknown); one row for each pair of rows with quality 0, in the order of
+    ``table``.
     """
     chosen = np.flatnonzero(pc.fill_null(pc.equal(table["quality"], 0), False).to_numpy())
     rows = table.take(pa.array(chosen))

@@ -90,12 +90,8 @@ def resampled_bins(
 ) -> tuple[IntArray, FloatArray, FloatArray]:
     """Find the medians of bins (n,) of values as those of `resampled`; a negative bin is none.
 
-    Returns
-    -------
-    n : ndarray of int64, shape (n_bins,)
-    medians : ndarray of float64, shape (n_bins,)
-        nan in bins with less than ``min_count`` values.
-    replicates : ndarray of float64, shape (n_resamples, n_bins)
+    Gives the number of values and the median by bin, nan in bins with less than ``min_count``
+    values, and the medians in every resample, shape (n_resamples, n_bins).
     """
     inside = np.flatnonzero(bins >= 0)
     # Few small numbers sort by radix; inside a bin the order of the values stays.

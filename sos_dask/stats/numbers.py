@@ -13,6 +13,7 @@ from sos_dask.columns import GOLDEN, BoolArray, FloatArray, FloatingArray, IntAr
 from sos_dask.errors import ConfigError
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
+ONE_SIGMA = 0.6826894921370859  # of a normal distribution within one standard deviation
 MEDIAN_ERROR = float(np.sqrt(np.pi / 2))  # 1.2533: of a median, in units of that of a mean
 GIANT_LOGG = 3.5  # dex: stars below are giants
 ALL, DENSE, SPARSE = "all", "dense", "sparse"  # subsets of the pairs

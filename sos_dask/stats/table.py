@@ -158,17 +158,13 @@ def unseal(
     except ValueError as error:
         raise ModelError(f"{path}: not JSON: {error}") from None
     if not isinstance(document, dict) or document.get("format") != version:
-        raise ModelError(
-            f"{path}: not the {what} of format {version}, the one known here",
-            "Run the rebuild again, or the command that made it.",
-        )
+        hint = "Run the rebuild again, or the command that made it."
+        raise ModelError(f"{path}: not the {what} of format {version}, the one known here", hint)
     is_saved = hashlib.sha256(content).hexdigest() == document.get("table_sha256")
     for file, is_same in ((path, sealed(document, _by_key) == document), (table, is_saved)):
         if not is_same:
-            raise ModelError(
-                f"{file} is not the file that was saved with the model",
-                "Its SHA-256 is another one: restore it, or rebuild.",
-            )
+            hint = "Its SHA-256 is another one: restore it, or rebuild."
+            raise ModelError(f"{file} is not the file that was saved with the model", hint)
     return document, unpack(content, str(table))
 
 

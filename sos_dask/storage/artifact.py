@@ -302,11 +302,7 @@ class Output:
 
     @classmethod
     def prepare(
-        cls,
-        directory: Path,
-        recipe: Recipe,
-        overwrite: bool = False,
-        inputs: Iterable[Path] = (),
+        cls, directory: Path, recipe: Recipe, overwrite: bool = False, inputs: Iterable[Path] = ()
     ) -> Output:
         """Claim a directory for a recipe; a partly finished run of the same recipe goes on.
 
@@ -337,10 +333,8 @@ class Output:
             hint = "Choose another directory, or give --overwrite to replace it."
             raise CatalogError(f"{where} already holds {what}", hint)
         if not other and not (where / MANIFEST).is_file():
-            raise CatalogError(
-                f"{where} holds files that are not an output of sos-dask: not overwritten",
-                f"Remove them yourself. {elsewhere}",
-            )
+            what = f"{where} holds files that are not an output of sos-dask: not overwritten"
+            raise CatalogError(what, f"Remove them yourself. {elsewhere}")
         there = None if other else Manifest.load(where)
         names = {there.fingerprint, *(file.sha256 for file in there.files)} if there else set()
         if not names.isdisjoint(self.recipe.inputs.values()):
@@ -419,11 +413,7 @@ class Output:
         return pa.ipc.open_file(pa.memory_map(str(local(self.piece(name))))).read_all()
 
     def put_record(
-        self,
-        kind: str,
-        key: str,
-        value: Mapping[str, Any],
-        reads: Mapping[str, Any] | None = None,
+        self, kind: str, key: str, value: Mapping[str, Any], reads: Mapping[str, Any] | None = None
     ) -> None:
         """Record that a part is finished: from now on it is skipped by a rerun.
 
@@ -455,10 +445,7 @@ class Output:
         return bool(found) and all(sum_of_file(self.directory / name) == n for name, n in pieces)
 
     def commit(
-        self,
-        rows: Rows,
-        files: tuple[FileRecord, ...],
-        summary: Mapping[str, Any] | None = None,
+        self, rows: Rows, files: tuple[FileRecord, ...], summary: Mapping[str, Any] | None = None
     ) -> Manifest:
         """Write the manifest and remove the intermediate files.
 

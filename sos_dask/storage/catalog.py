@@ -109,21 +109,9 @@ def write_collection(directory: Path, name: str, primary: str, margin: str) -> s
 class Catalog:
     """A catalog on disk: a handle without rows, which travels to tasks as a path.
 
-    One of another program is read as if it were ours: see `sos_dask.storage.hats`. It has no
-    manifest; what follows belongs to such a one alone.
-
-    Parameters
-    ----------
-    pixels : tuple of HealpixPixel
-        Partitions in the order of the sky curve.
-    properties : mapping of str to str
-        Content of ``hats.properties``.
-    key, key_name : str
-        Column that was given as key, and its name here.
-    stored : mapping of str to str
-        Names of the columns in the files by their names here, without a computed ``_healpix_29``.
-    known_as_written : bool
-        Set in tasks, whose driver has looked at every row.
+    ``pixels`` are the partitions in the order of the sky curve, ``properties`` the content of
+    ``hats.properties``. A catalog of another program is read as if it were ours: see
+    `sos_dask.storage.hats`. It has no manifest; what follows that belongs to such a one alone.
     """
 
     path: Path
@@ -131,31 +119,24 @@ class Catalog:
     schema: pa.Schema
     properties: Mapping[str, str] = field(default_factory=dict)
     manifest: Manifest | None = None
-    key: str = ""
-    key_name: str = ""
+    key: str = ""  # the column that was given as key
+    key_name: str = ""  # its name here
+    # Names of the columns in the files by their names here, without a computed ``_healpix_29``.
     stored: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[HealpixPixel, tuple[Path, ...]] = field(default_factory=dict)
-    known_as_written: bool = False
+    known_as_written: bool = False  # set in tasks, whose driver has looked at every row
 
     @classmethod
     def open(cls, path: str | Path, *, key: str = "", key_name: str = "star_id") -> Catalog:
         """Open a catalog, or the primary catalog of a HATS collection, and check it.
 
         Its small files are compared with the manifest by bytes and SHA-256, partitions by bytes;
-        the account of rows, the properties and the list of partitions must say the same.
+        the account of rows, the properties and the list of partitions must say the same. Of a
+        catalog made by another program, ``key`` is the column whose integers or texts name its
+        rows, and ``key_name`` the name that it gets, ``star_id`` or ``obs_id``.
 
-        Parameters
-        ----------
-        key : str
-            Of a catalog made by another program: the column whose integers or texts name its rows.
-        key_name : str
-            Name that it gets, ``star_id`` or ``obs_id``.
-
-        Raises
-        ------
-        CatalogError
-            Not there, unfinished, damaged, of another format or type (as a margin), or not as its
-            manifest says.
+        Raises `CatalogError`: not there, unfinished, damaged, of another format or type (as a
+        margin), or not as its manifest says.
         """
         catalog = cls.read_only(path, key=key, key_name=key_name)
         hats.require_kind(catalog.path, catalog.properties, "object", "source")
@@ -369,15 +350,11 @@ class Catalog:
         *,
         wanted: Callable[[IntArray], BoolArray] | None = None,
     ) -> IntArray:
-        """Find the rows of a partition whose ``_healpix_29`` lies in one of the ranges.
+        """Find the rows of a partition whose ``_healpix_29`` lies in one of the ranges, ascending.
 
         Nothing but the cells is read, and only of row groups that lie partly in the ranges (sorted,
-        disjoint, half-open). ``wanted`` tells which of the cells that lie in them count.
-
-        Returns
-        -------
-        ndarray of int64
-            Row numbers, ascending. `PartitionError` where they are not sorted on the sky.
+        disjoint, half-open). ``wanted`` tells which of the cells that lie in them count. Raises
+        `PartitionError` where they are not sorted on the sky.
         """
         starts, stops = edges_of(ranges)
 

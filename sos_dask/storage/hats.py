@@ -24,13 +24,7 @@ import pyarrow.parquet as pq
 from sos_dask.columns import FloatArray, IntArray
 from sos_dask.errors import CatalogError, ConfigError, PartitionError
 from sos_dask.schema import HEALPIX, HEALPIX_COLUMN, KEYS, nearest
-from sos_dask.sky.healpix import (
-    HealpixPixel,
-    ang2pix,
-    centre,
-    unit_vectors,
-    with_neighbours,
-)
+from sos_dask.sky.healpix import HealpixPixel, ang2pix, centre, unit_vectors, with_neighbours
 from sos_dask.storage.artifact import Stamp, open_parquet, partition_errors
 from sos_dask.storage.manifest import MANIFEST, WORK, files_below
 from sos_dask.storage.objects import local

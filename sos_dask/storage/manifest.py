@@ -338,10 +338,8 @@ class Manifest:
             raise CatalogError(f"{directory} is not an output of '{stage}' but of '{made.stage}'")
         if made.version != version:
             what = f"{directory} was made by another version of sos-dask: it has version"
-            raise CatalogError(
-                f"{what} {made.version} of '{stage}', known here is version {version}",
-                "Run the rebuild again, or the command that made it.",
-            )
+            what = f"{what} {made.version} of '{stage}', known here is version {version}"
+            raise CatalogError(what, "Run the rebuild again, or the command that made it.")
         return manifest
 
 

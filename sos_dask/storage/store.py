@@ -436,11 +436,8 @@ def verify(path: str | Path) -> list[str]:
     rows, membership of every row in its pixel, ``_healpix_29`` against ra and dec, unique keys,
     overlap of pixels.
 
-    Returns
-    -------
-    list of str
-        One sentence for each thing that is wrong, naming file, pixel, column or row. `CatalogError`
-        where no manifest can be read, or it names a file outside of the output.
+    Gives one sentence for each thing that is wrong, naming file, pixel, column or row. Raises
+    `CatalogError` where no manifest can be read, or it names a file outside of the output.
     """
     path = as_path(path)
     is_catalog = hats.properties_file(path).is_file()

@@ -202,23 +202,21 @@ def histogram_of(cells: IntArray, order: int) -> IntArray:
     order=st.integers(0, 5),
     limit=st.integers(1, 400),
     width=st.floats(0.001, 180),
-    max_order=st.none() | st.integers(0, 7),
 )
-def test_partitions_hold_every_row_once_and_few_enough(seed, n, order, limit, width, max_order):
+def test_partitions_hold_every_row_once_and_few_enough(seed, n, order, limit, width):
     rng = np.random.default_rng(seed)
     centre = HARD[seed % len(HARD)]
     ra, dec = around(rng, np.full(n, centre[0]), np.full(n, centre[1]), width * 3600)
     cells = ang2pix(ra, dec)
-    plan = plan_partitions(histogram_of(cells, order), order, limit, max_order)
+    plan = plan_partitions(histogram_of(cells, order), order, limit)
     assert plan == sorted(plan, key=lambda pixel: pixel.first)
     assert all(a.stop <= b.first for a, b in itertools.pairwise(plan))
     rows = [np.sum((cells >= pixel.first) & (cells < pixel.stop)) for pixel in plan]
     assert sum(rows) == n, "every row has a partition"
-    deepest = order if max_order is None else min(order, max_order)
     for pixel, count in zip(plan, rows, strict=True):
         assert count > 0, "no empty partition"
-        assert pixel.order <= deepest
-        assert count <= limit or pixel.order == deepest
+        assert pixel.order <= order
+        assert count <= limit or pixel.order == order
         if pixel.order:
             parent = HealpixPixel(pixel.order - 1, pixel.pixel >> 2)
             above = ((cells >= parent.first) & (cells < parent.stop)).sum()

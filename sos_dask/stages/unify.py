@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -59,8 +59,10 @@ _MOST_COMMON = 5_000_000  # rows from which on stars in common are drawn
 class UnifySettings(UnitedSettings):
     """How surveys become one catalog."""
 
-    labels: tuple[ColumnName, ...] = Field(
-        (*LABELS, "rv"), description="What is averaged: columns, corrected where *_sos is there."
+    labels: Annotated[tuple[ColumnName, ...], Field(strict=False)] = Field(
+        (*LABELS, "rv"),
+        min_length=1,
+        description="What is averaged: columns, corrected where *_sos is there.",
     )
     flags: Mapping[str, Mapping[str, str]] = Field(
         {},

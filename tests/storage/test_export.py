@@ -173,6 +173,25 @@ def test_stilts_reads_what_the_catalog_contains(suffix, current, tmp_path):
         assert str(column.unit or "").replace(" ", "") == about.get("unit", "")
 
 
+def test_what_stilts_does_not_read(tmp_path):
+    """As jobs/README.md says: text beyond ASCII in CSV and ECSV, infinite values in ECSV."""
+    require("stilts")
+    rows = [(9007199254740993, 1, 1, None, np.inf, -np.inf, "null", "Å"), (None,) * 8]
+    catalog = write_catalog(table_of(rows), tmp_path / "catalog")
+    for suffix in FORMATS:
+        names = ["i64", "flag", "v32", "v64", "name", *(["word"] if suffix != "fits" else [])]
+        api.export(catalog, tmp_path / f"out.{suffix}", columns=names)
+        ran = subprocess.run(
+            ["stilts", "tpipe", f"in={tmp_path}/out.{suffix}", "ofmt=csv"],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        found = sorted(csv.reader(ran.stdout.strip("\n").split("\n")[1:]))
+        infinite = ["", ""] if suffix == "ecsv" else ["Infinity", "-Infinity"]
+        word = {"fits": [], "vot": ["Å"]}.get(suffix, ["Ã\x85"])
+        assert found[0] == [""] * len(names)
+        assert found[1] == ["9007199254740993", "", *infinite, "null", *word], suffix
+
+
 def test_fits_is_as_the_standard_wants(current, tmp_path):
     api.export(Catalog.open(current / "lamost.corrected"), tmp_path / "out.fits")
     with fits.open(tmp_path / "out.fits") as found:

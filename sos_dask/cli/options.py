@@ -80,6 +80,7 @@ _TEXTS = {
     "key": ("COLUMN",
         "Key of a catalog that another program made: integers or text, each once. Repeatable: a "
         "catalog takes the first that it has. Default: star_id or obs_id."),
+    "cone": ("RA DEC RADIUS", "Only rows within a radius of a place, in degrees."),
     "correction": ("NAME", "Correction of the job, such as rv. Default: its first."),
     "label": ("NAME", "Only this label, such as feh."),
     "left": ("", "Target: observations or stars, or any HATS catalog."),
@@ -132,7 +133,7 @@ _TEXTS = {
         "Stars of a survey, whose repeats tell how far its stated errors are wrong."),
     "verify.catalogs": ("", "Directories of outputs; of a store or build: all in it."),
     "where": ("CONDITION",
-        "Only rows that pass, like \"teff > 4000 and flag_sos & 23 == 0 and class == 'STAR'\"."),
+        "Only rows that pass, like \"teff > 4000 and (flag_sos & 23 == 0 or rv is not null)\"."),
     "workers": ("--workers -w N",
         "Worker processes; 0: none, all in this process. Default: one per core."),
     "yes": ("", "Do not ask."),

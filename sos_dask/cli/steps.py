@@ -279,14 +279,15 @@ def apply(
 
 @command()
 def export(
-    catalog: Path, *, file: Path, columns: Name = None, where: str = "", dictionary: Place = None,
+    catalog: Path, *, file: Path, columns: Name = None, where: str = "",
+    cone: tuple[float, float, float] | None = None, dictionary: Place = None,
     citation: Place = None, overwrite: bool = False,
 ) -> Shown:  # fmt: skip
     """Write a catalog to one file: FITS, VOTable, CSV, ECSV or Parquet, by the end of its name.
 
     Example: sos-dask export store/current/lamost.corrected -o lamost.fits --where "snr > 50"
     """
-    chosen: Any = {"columns": columns.split(",") if columns else (), "where": where}
+    chosen: Any = {"columns": columns.split(",") if columns else (), "where": where, "cone": cone}
     chosen |= {"dictionary": dictionary, "citation": citation, "overwrite": overwrite}
     with reporting() as report:
         made = files.export(Catalog.open(catalog), file, report=report, **chosen)

@@ -32,6 +32,8 @@ from sos_dask.surveys.definition import Cut, SourceColumn, Survey, passing
 
 _REASONS = ("", "null obs_id", "null position", "ra out of range", "dec out of range")
 _CHECKED = (*LABELS, "rv")
+_LARGE_ID = 1 << 61  # multiples of 128, of which floats here keep those of 512
+_SOME_IDS = 20
 _LABEL_SHIFT = 19  # keeps sign, exponent and four bits of the fraction of a float32
 _LABEL_BINS = 1 << (31 - _LABEL_SHIFT)  # of either sign
 
@@ -52,7 +54,8 @@ class Profile(BaseModel):
     first_impossible: dict[str, Example] = {}
     lowest: dict[str, float] = {}  # of ra and dec, as the file has them, deg
     highest: dict[str, float] = {}
-    # Rows in each sixteenth of an octave of a label, impossible values among them.
+    # Rows in each sixteenth of an octave of a label, impossible values among them; large ids of
+    # which a float keeps every digit (0), and 1 for each batch with others.
     labels: dict[str, dict[int, int]] = {}
 
     @classmethod
@@ -296,6 +299,9 @@ def _numbers(place: Place, source: SourceColumn, key: str, values: Values) -> _M
     profile: dict[str, Any] = {
         "labels": {name: label_bins(data[~missing])} if name in _CHECKED else {}
     }
+    if is_id and len(large := data[data > _LARGE_ID]):
+        is_fine = bool((large & 511).any())
+        profile["labels"] = {name: {int(is_fine): 1 if is_fine else len(np.unique(large))}}
     outside = np.flatnonzero(~ok & ~missing)
     if len(outside):
         first = int(outside[0])
@@ -347,7 +353,8 @@ def check_profile(profile: Profile, survey: Survey, files: Sequence[str]) -> Non
     """Refuse files, of which this is the profile of all rows, that cannot be what a survey says.
 
     Raises `SurveyError`: too many rejected rows; right ascension in hours or radians, unless the
-    survey allows ``ra_below_24``; a label in another unit, as a logarithm or without any value.
+    survey allows ``ra_below_24``; ids that lost digits; a label in another unit, as a logarithm or
+    without any value.
     """
     n_rejected, n_rows = sum(profile.rejected.values()), profile.n_rows
     is_many = n_rejected > survey.max_rejected_fraction * n_rows
@@ -362,6 +369,14 @@ def check_profile(profile: Profile, survey: Survey, files: Sequence[str]) -> Non
         )
     if n_rows >= 50 and len(profile.lowest) == 2 and "ra_below_24" not in survey.allow:
         _check_positions(profile, survey, files)
+    for name, number in profile.labels.items():
+        if is_gaia_id(name) and number.get(0, 0) >= _SOME_IDS and 1 not in number:
+            raise SurveyError(
+                f"{', '.join(files)}: all {number[0]} ids of '{name}' above 2**61 are multiples of "
+                "512, as of ids that went through a float: digits are lost",
+                "Get the file with whole ids, or leave them out: override = {columns = {"
+                f"{name} = false}}}}.",
+            )
     for label in _CHECKED:
         if label in survey.columns:  # a companion of a survey has none
             _check_label(label, profile, survey, files)

@@ -433,6 +433,7 @@ def _validate_steps(
     inputs = {"target": f"{name}.list", "reference": "sos"}
     yield Step(f"{name}.stars-of-list", Crossmatch, settings, inputs)
     inputs = {"list": f"{name}.list", "pairs": f"{name}.stars-of-list", "sos": "sos", **rows}
+    inputs["reference"] = "reference"
     how = Validate.Settings(labels=labels, group=given.group)
     yield Step(f"{name}.validation", Validate, how, inputs)
 

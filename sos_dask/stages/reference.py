@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -22,6 +23,7 @@ from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Rows
 
+logger = logging.getLogger(__name__)
 _STAR_COLUMNS = ("star_id", "quality", "flag_spread", *(f"{label}_spread" for label in LABELS))
 _COLUMNS = (HEALPIX_COLUMN, *_STAR_COLUMNS, *CANONICAL)
 # What decides which rows are one star.
@@ -62,6 +64,10 @@ class Reference(United[ReferenceSettings]):
             run.parts("common", parts, self.compare_surveys, "zero points")
             common = [run.output.read_piece(f"common-{key}") for key in parts]
             self.union = self.union.but(offsets=_zero_points(pa.concat_tables(common)))
+            first, *others = in_order(catalogs, self.settings.order)
+            for name in (one for one in others if one not in self.union.known_offsets):
+                text = "%s has fewer than %d good stars in common with %s: its zero points are not "
+                logger.warning(text + "measured, and nothing is removed", name, MIN_COMMON, first)
         done = run.parts("stars", parts, self.stars_of_pixel)
         no_rows = {
             survey: one.schema.empty_table().select(one.columns(self._columns))

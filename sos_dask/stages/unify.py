@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from sos_dask import correct
-from sos_dask.columns import FloatArray, IntArray, floats_or_nan
+from sos_dask.columns import BoolArray, FloatArray, IntArray, floats_or_nan, mixed
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.evidence.trends import three_cornered_hat
 from sos_dask.problem import ColumnName
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, LABELS
-from sos_dask.sky.healpix import HealpixPixel
+from sos_dask.sky.healpix import HealpixPixel, separation_arcsec
 from sos_dask.sky.neighbours import starts
 from sos_dask.stages.base import Made, Role, Run, by_pixel, partition_record
 from sos_dask.stages.united import United, UnitedSettings, enough, together, with_key
@@ -54,14 +54,17 @@ _CHANCE = 1e-4  # of a flag where errors are right
 _OF_STARS = ("ra", "dec", "position_epoch", *GAIA_IDS.values(), "pmra", "pmdec",
              "phot_g_mean_mag", "parallax", "distance", "ebv")  # fmt: skip
 _MOST_HATS = 20_000  # stars of a three-cornered hat
+_MOST_IDS = 5_000_000  # rows from which on Gaia ids are looked at in part
 _ENOUGH = 50_000  # rows of each two surveys where they may have stars in common
 
 
 class UnifySettings(UnitedSettings):
     """How surveys become one catalog."""
 
-    labels: tuple[ColumnName, ...] = Field(
-        (*LABELS, "rv"), description="What is averaged: columns, corrected where *_sos is there."
+    labels: Annotated[tuple[ColumnName, ...], Field(strict=False)] = Field(
+        (*LABELS, "rv"),
+        min_length=1,
+        description="What is averaged: columns, corrected where *_sos is there.",
     )
     flags: Mapping[str, Mapping[str, str]] = Field(
         {},
@@ -166,6 +169,10 @@ class Unify(United[UnifySettings]):
         }
         schema = self._averaged(together(nobody), np.empty(0, dtype=np.int64)).schema
         n_out = run.write_catalog(self.product, pixels, done, schema)
+        apart = 0
+        for name in (one for one in GAIA_IDS.values() if one in schema.names):
+            pieces = [run.output.read_piece(f"{name}-{key}") for key in parts]
+            apart += self._warn_of_ids(name, pieces) if pieces else 0
         run.write("errors.parquet", _as_table(told))
         merged = sum(record["n_members"] for record in done) - n_out
         n_in = sum(one.n_rows for one in catalogs.values())
@@ -173,6 +180,7 @@ class Unify(United[UnifySettings]):
             "stars_in_several_surveys": sum(record["n_several"] for record in done),
             "rows": {survey: catalog.n_rows for survey, catalog in catalogs.items()},
             "errors": told,
+            "ids_apart": apart,
             "flags": {
                 text: sum(record["flags"][str(bit)] for record in done)
                 for bit, text in MEANINGS.items()
@@ -256,6 +264,29 @@ class Unify(United[UnifySettings]):
         output.write_piece(f"common-{key}", pa.table(columns))
         return {}
 
+    def _drawn(self, numbers: IntArray) -> BoolArray:
+        """Rows that are drawn by a number of theirs, all where they are not too many."""
+        n_rows = sum(one.n_rows for one in self.surveys().values())
+        if n_rows <= _MOST_IDS:
+            return np.ones(len(numbers), dtype=np.bool_)
+        return mixed(numbers.astype(np.uint64)) < np.uint64(_MOST_IDS / n_rows * 2.0**64)
+
+    def _warn_of_ids(self, name: str, pieces: Sequence[pa.Table]) -> int:
+        """Count ids of Gaia on several stars, which are too far apart to be one, and say it."""
+        rows = pa.concat_tables(pieces).sort_by([(name, "ascending"), ("star_id", "ascending")])
+        ids = rows[name].to_numpy()
+        again = np.flatnonzero(ids[1:] == ids[:-1])
+        if len(again):
+            one, other = rows.slice(int(again[0]), 2).to_pylist()
+            places = (np.array([x[y]]) for x in (one, other) for y in ("ra", "dec"))
+            text = (
+                "%s: %d of %d ids are of stars farther apart than id_radius_arcsec, which stay "
+                "apart; %d of %s and %s, %.0f arcsec apart, is the first"
+            )
+            known = one[name], one["star_id"], other["star_id"], *separation_arcsec(*places)
+            logger.warning(text, name, len(again), len(ids), *known)
+        return len(again)
+
     def _means(self, stars: _Stars, label: str) -> tuple[Means, IntArray]:
         """Means of a label by star and survey, and the grade of each star's rows that count."""
         value, error = (stars.rows(f"{label}:{kind}") for kind in ("value", "error"))
@@ -273,6 +304,10 @@ class Unify(United[UnifySettings]):
         table, primary = self.members(pixel, self.columns)
         stars = self._averaged(table, primary)
         flags = stars["flag_sos"].to_numpy()
+        for name in (one for one in GAIA_IDS.values() if one in stars.schema.names):
+            ids = pc.fill_null(stars[name], 0).to_numpy()
+            rows = stars.select([name, "star_id", "ra", "dec"])
+            output.write_piece(f"{name}-{key}", rows.filter((ids > 0) & self._drawn(ids)))
         return {
             "file": partition_record(output, pixel, stars),
             "n_members": table.num_rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from sos_dask.stats.numbers import scatter
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Rows
 
+logger = logging.getLogger(__name__)
 ALL = "all"  # groups, and surveys
 _FEW = 10  # members from which on a group counts by itself
 _OF_SURVEY = 5
@@ -40,18 +42,20 @@ class Validate(Stage[ValidateSettings]):
 
     Where the list has a label, it is the truth, and differences from it are looked at; else values,
     in groups. ``validation.parquet`` has a row by group, survey and label: number of stars, median
-    and scatter (1.4826 MAD) of the native rows and of the corrected ones; survey ``all``: of native
-    rows together, and of the unified catalog. Group ``all``: deviations from the medians of groups.
+    and scatter (1.4826 MAD) of native rows and of those on the common scale; survey ``all``: of
+    native rows together, and of the unified catalog. Group ``all``: deviations from the medians of
+    groups.
     """
 
     name = "validate"
-    version = 1
+    version = 2
     Settings = ValidateSettings
     roles = (
         Role("list", "Stars of the list, ingested."),
         Role("pairs", "Its pairs with the unified catalog."),
         Role("sos", "The unified catalog."),
         Role("rows", "Corrected rows or observations of a survey, by its name.", many=True),
+        Role("reference", "The united references, with their zero points.", "output", True),
     )
 
     def check(self) -> None:
@@ -67,18 +71,29 @@ class Validate(Stage[ValidateSettings]):
                 f"no star of the list {self.path('list')} is in the unified catalog",
                 "Its positions or Gaia ids may be of another epoch or release.",
             )
+        found_of = pc.is_in(listed["obs_id"], pairs["target_obs_id"].combine_chunks())
+        lost = listed["obs_id"].filter(pc.invert(found_of))
+        if len(lost):
+            some = ", ".join(map(str, lost.slice(0, 5).to_pylist()))
+            text = "%d of %d stars of the list are not in the unified catalog, such as %s"
+            logger.warning(f"%s: {text}", self.product, len(lost), len(listed), some)
         place = pc.index_in(pairs["target_obs_id"], listed["obs_id"].combine_chunks())
         listed = listed.take(place)
         group = np.full(len(listed), ALL, dtype=object)
         if self.settings.group is not None:
             names = pc.fill_null(listed[self.settings.group].cast(pa.string()), "")
             group = names.to_numpy(zero_copy_only=False)
+            if ALL in group:
+                what = f"the list {self.path('list')} has a group '{ALL}', the name of the total"
+                raise CatalogError(what, f"Give it another name in column {self.settings.group}.")
         star = pairs["reference_star_id"].combine_chunks()
         of_star: dict[str, list[int]] = {}  # a star may be in the list several times
         for number, one in enumerate(star.to_pylist()):
             of_star.setdefault(one, []).append(number)
         found = [self._of_stars(star, of_star)]
         keys = found[0].pop("sources")
+        known = "reference" in self.inputs
+        self.offsets = self.manifest("reference").summary["offsets"] if known else {}
         found += [self._of_survey(survey, keys) for survey in self.many("rows")]
         told = []
         for label in self.settings.labels:
@@ -121,7 +136,8 @@ class Validate(Stage[ValidateSettings]):
         values = {}
         for label in known:
             after = f"{label}_sos" if f"{label}_sos" in corrected else label
-            values[label] = floats_or_nan(table, label), floats_or_nan(table, after)
+            zero = self.offsets.get(survey, {}).get(label, 0.0)
+            values[label] = floats_or_nan(table, label), floats_or_nan(table, after) - zero
         return {"survey": survey, "star": star, **values}
 
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sos_dask.columns import BoolArray, FloatArray, IntArray
+from sos_dask.errors import CatalogError
 from sos_dask.sky.neighbours import starts
 from sos_dask.stats.numbers import scatter
 
@@ -232,6 +233,9 @@ def floors(
             continue
         difference = np.asarray(value[both, i] - value[both, j], dtype=np.float64)
         offset, spread = float(np.median(difference)), scatter(difference)
+        if spread == 0:
+            what = f"'{surveys[i]}' and '{surveys[j]}' have the same values of {len(both)} stars"
+            raise CatalogError(f"{what}: they are one survey", "Take one of them out.")
         one = {"survey": surveys[i], "other": surveys[j], "n": len(both), "offset": offset}
         found.append({**one, "scatter": spread})
         errors = np.asarray(error[both][:, [i, j]], dtype=np.float64)

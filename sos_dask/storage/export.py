@@ -9,36 +9,37 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from sos_dask import __version__
+from sos_dask.columns import BoolArray, FloatArray
 from sos_dask.errors import CatalogError, ConfigError, StorageError
 from sos_dask.run.cluster import Report, silent
+from sos_dask.sky.healpix import centre, separation_arcsec
 from sos_dask.storage import store as stores
 from sos_dask.storage.artifact import atomic_path, write_text
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.conditions import condition
 from sos_dask.storage.formats import FORMATS, about, plain
 from sos_dask.storage.manifest import Manifest
 from sos_dask.surveys.definition import Cut, builtin_surveys, load_survey
 
-_COMPARE = {"==": "equal", "!=": "not_equal", "<=": "less_equal", ">=": "greater_equal",
-            "<": "less", ">": "greater"}  # fmt: skip
-_TEST = re.compile(
-    r"(\S+?)\s*(?:&\s*(\d+)\s*)?(==|!=|<=|>=|<|>)\s*('[^']*'|\"[^\"]*\"|[^\s'\"]+)(?:\s+and\s+|$)"
-)
+_PIXEL_RADIUS = 62.0  # deg; healpy.max_pixrad is at most 61.3 deg / nside
 _STATED = ("obs_title", "bib_reference", "obs_copyright")  # properties of others
 _PAPER = "https://ui.adsabs.harvard.edu/abs/"
 
 
 def export(
     catalog: Catalog, path: Path, *, columns: Sequence[str] = (), where: str = "",
-    dictionary: Path | None = None, citation: Path | None = None, overwrite: bool = False,
-    report: Report = silent,
+    cone: Sequence[float] | None = None, dictionary: Path | None = None,
+    citation: Path | None = None, overwrite: bool = False, report: Report = silent,
 ) -> dict[str, Any]:  # fmt: skip
     """Write a catalog to one file, in memory of one partition; the file appears complete.
 
@@ -49,8 +50,9 @@ def export(
     columns : sequence of str
         Names in their order; by default all.
     where : str
-        Tests joined by ``and``, such as ``teff > 4000 and flag_sos & 23 == 0``: a column, or some
-        of its bits, is compared with a value of its own type. A null passes none.
+        Only rows that pass, such as ``teff > 4000 and flag_sos & 23 == 0`` (`condition`).
+    cone : sequence of float, optional
+        Right ascension, declination and radius, deg: only rows in it, of the partitions it touches.
     dictionary, citation : path, optional
         Columns with unit, range, nulls, bits (.md, .csv or .json); surveys, papers (.txt or .bib).
 
@@ -71,25 +73,33 @@ def export(
         raise ConfigError(f"a column is named twice: {', '.join(names)}")
     fields = [catalog.schema.field(name) for name in names]
     schema = pa.schema(fields if path.suffix == ".parquet" else map(plain, fields))
-    tests, n_rows = list(_tests(catalog, where)), 0
+    passes, needed = condition(where, catalog) if where.strip() else (None, [])
+    pixels, inside = list(catalog.pixels), partial(_inside, cone or ())
+    if cone is not None:
+        if not (math.isfinite(cone[0]) and abs(cone[1]) <= 90 and 0 < cone[2] <= 180):
+            raise ConfigError(f"no cone: {cone}", "Give RA DEC RADIUS in degrees.")
+        pixels = [x for x in pixels if inside(*centre(x), _PIXEL_RADIUS / 2**x.order)[0]]
+        needed += ["ra", "dec"]
+    n_rows = 0
     begin: dict[str, Any] = {"nulls": 0, "min": None, "max": None}
     lines = [{**about(item), "type": str(item.type), **begin} for item in schema]
 
     def read(some: pa.Schema) -> Iterator[pa.Table]:
         nonlocal n_rows
-        needed = list(dict.fromkeys([*some.names, *(name for name, _ in tests)]))
-        for number, pixel in enumerate(catalog.pixels):
-            report(f"export {catalog.name}", number, len(catalog.pixels))
-            table = catalog.read(pixel, needed)
-            for _, passes in tests:
-                table = table.filter(passes)
+        wanted = list(dict.fromkeys([*some.names, *needed]))
+        for number, pixel in enumerate(pixels):
+            report(f"export {catalog.name}", number, len(pixels))
+            table = catalog.read(pixel, wanted)
+            table = table if passes is None else table.filter(passes)
+            if cone is not None:
+                table = table.filter(inside(table["ra"].to_numpy(), table["dec"].to_numpy()))
             table = table.select(some.names).cast(some)
             if some is schema:
                 n_rows += table.num_rows
                 for line, column in zip(lines, table.columns, strict=True):
                     _count(line, column)
             yield table
-        report(f"export {catalog.name}", len(catalog.pixels), len(catalog.pixels))
+        report(f"export {catalog.name}", len(pixels), len(pixels))
 
     with atomic_path(path) as temporary:
         FORMATS[path.suffix](temporary, catalog.name, schema, read)
@@ -106,26 +116,12 @@ def export(
     return {"path": path, "rows": n_rows, "bytes": n_bytes, "columns": lines}
 
 
-def _tests(catalog: Catalog, where: str) -> Iterator[tuple[str, pc.Expression]]:
-    """Parse tests joined by ``and``, and try each on no rows; columns with what they must be."""
-    found = list(_TEST.finditer(where.strip()))
-    if "".join(test[0] for test in found) != where.strip():
-        hint = "For example: teff > 4000 and flag_sos & 23 == 0 and class == 'STAR'."
-        raise ConfigError(f"the condition {where!r} cannot be read", hint)
-    for test in found:
-        name, bits, compare, value = test.groups()
-        catalog.require(name)
-        values, kind = pc.field(name), catalog.schema.field(name).type
-        try:
-            if bits:
-                values = pc.bit_wise_and(values, pa.scalar(bits).cast(kind))
-            limit = pa.scalar(value.strip("'\"")).cast(kind)
-            passes = getattr(pc, _COMPARE[compare])(values, limit)
-            catalog.schema.empty_table().filter(passes)
-        except pa.ArrowException as error:
-            what = f"the condition {test[0]!r} cannot be tested: '{name}' has type {kind}"
-            raise ConfigError(what, str(error)) from None
-        yield name, passes
+def _inside(
+    cone: Sequence[float], ra: FloatArray, dec: FloatArray, wider: float = 0.0
+) -> BoolArray:
+    """Places in a cone, whose radius may be wider; deg."""
+    at = np.array([cone[0]]), np.array([cone[1]])
+    return np.asarray(separation_arcsec(*at, ra, dec) <= 3600 * (cone[2] + wider))
 
 
 # -- data dictionary ------------------------------------------------------------------------------

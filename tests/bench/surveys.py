@@ -1,8 +1,12 @@
 """What the unified catalog promises, counted on five mock surveys against the truth of their stars.
 
 ``python -m tests.bench.surveys --out DIR [--rows 4500000] [--seed 31]``: a sky with clusters and
-binaries, a job that corrects LAMOST, RAVE and the RVS of Gaia to APOGEE and GALAH, and what came of
-it. What is in DIR already is not made again.
+binaries (at 19,000,000 rows 1,700,000 of the references, 1,000,000 and 600,000 of the others), a job
+that corrects LAMOST, RAVE and the RVS of Gaia to APOGEE and GALAH, and what came of it. What is in
+DIR already is not made again.
+
+``--cost``: CPU seconds and memory of correcting LAMOST's labels alone, and of the whole job to
+``sos`` with the labels of all five, both from the files on.
 
 **Stars.** A star of the truth is split where several stars of ``sos`` have rows of it; a star of
 ``sos`` is mixed where its rows are of several true stars.
@@ -38,6 +42,7 @@ from sos_dask.simulate import SkySettings, simulate
 from sos_dask.stages.unify import FLAG_FAILS, FLAG_UNCOVERED, FLAG_VARIABLE
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
+from tests.bench.measure import SOS, measure
 
 JOB = """format = 1
 name = "five"
@@ -95,19 +100,46 @@ MIN_STARS = 200
 _N_RESAMPLES = 50
 
 
-def make(out: Path, rows: int, seed: int, workers: int) -> Path:
-    """Simulate and rebuild what is not there; the build."""
+def sky(out: Path, rows: int, seed: int) -> None:
+    """Simulate what is not there."""
     if not (out / "sky" / "truth.parquet").exists():
         share = rows / 4_500_000
         settings = SkySettings(
-            n_lamost=rows, n_rave=round(600_000 * share), n_rvs=round(2_000_000 * share),
-            n_clusters=max(20, round(400 * share)), binaries=0.1, seed=seed,
+            n_lamost=rows, n_rave=round(600_000 * min(share, 1.0)),
+            n_rvs=round(2_000_000 * min(share, 0.5 if share > 4 else 1.0)),
+            n_clusters=max(20, round(400 * min(share, 1.0))), binaries=0.1, seed=seed,
         )  # fmt: skip
         simulate(settings, out / "sky")
+
+
+def make(out: Path, workers: int) -> Path:
+    """Rebuild what is not there; the build."""
     (out / "job.toml").write_text(JOB)
     (out / "members.toml").write_text(LIST)
     with start(workers) as cluster:
         return rebuild(load_job(out / "job.toml"), cluster=cluster).path
+
+
+def cost(out: Path, workers: int) -> Iterator[str]:
+    """CPU seconds and memory of LAMOST's rebuild and of the whole job."""
+    begin, rest = JOB.split("[targets.rave]")
+    alone = begin + "[reference.apogee]" + rest.split("[reference.apogee]")[1].split("[unify]")[0]
+    whole = JOB.split("[validation")[0]
+    seconds = []
+    for name, text in (("lamost", alone), ("whole", whole)):
+        job = out / f"{name}.toml"
+        job.write_text(text.replace("[corrections.rv]\n", "").replace('"store"', f'"{name}"'))
+        command = [SOS, "rebuild", str(job), "--workers", str(workers)]
+        used = measure(command, out / f"{name}.log")
+        seconds.append(used.cpu_s)
+        yield (
+            f"{name}: {used.cpu_s:.0f} CPU-s, {used.wall_s:.0f} s, largest worker "
+            f"{used.worker_gib:.2f} GiB, driver {used.driver_gib:.2f} GiB"
+        )
+        for part in used.parts:
+            if part.cpu_s > 5 or part.name.startswith(("unify", "stars in", "members")):
+                yield f"  {part.name}: {part.cpu_s:.1f} CPU-s, worker {part.worker_gib:.2f} GiB"
+    yield f"ratio: {seconds[1] / seconds[0]:.2f}"
 
 
 def width(values: FloatArray) -> float:
@@ -221,7 +253,12 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=4_500_000)
     parser.add_argument("--seed", type=int, default=31)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--cost", action="store_true")
     given = parser.parse_args()
-    made = make(given.out, given.rows, given.seed, given.workers)
-    for line in told(given.out, made, given.seed):
+    sky(given.out, given.rows, given.seed)
+    if given.cost:
+        lines = cost(given.out, given.workers)
+    else:
+        lines = told(given.out, make(given.out, given.workers), given.seed)
+    for line in lines:
         print(line, flush=True)

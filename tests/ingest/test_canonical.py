@@ -433,6 +433,20 @@ def test_velocities_in_another_unit_are_noticed_by_the_values(tmp_path):
     check_profile(profile, survey(columns), ["b"])
 
 
+@pytest.mark.parametrize(("n", "damaged"), [(20, True), (19, False)])
+def test_ids_that_lost_digits_are_refused(n, damaged):
+    """As floats hold them; one that no float above 2**61 can hold clears all others."""
+    name = "gaia_dr3_source_id"
+    whole = Profile(n_rows=n, labels={name: {0: n}})
+    if damaged:
+        with pytest.raises(SurveyError, match=rf"all {n} ids of '{name}' above 2\*\*61"):
+            check_profile(whole, survey(), ["a"])
+    else:
+        check_profile(whole, survey(), ["a"])
+    other = Profile(n_rows=1, labels={name: {1: 1}})
+    check_profile(Profile.merge([whole, other]), survey(), ["a"])
+
+
 def test_a_label_without_values_is_refused(tmp_path):
     data = rows(100)
     data["feh"][:] = -9999

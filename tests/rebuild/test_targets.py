@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from astropy.io import fits
 
-from sos_dask.errors import ConfigError, SosError
+from sos_dask.errors import CatalogError, ConfigError, SosError
 from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.rebuild.plan import Plan, steps
@@ -77,6 +77,8 @@ def job_of(halves: Path, small_sky: Path, text: str = TWO, more: str = "") -> Pa
 def test_each_target_gets_its_own_products(halves, small_sky):
     job = load_job(job_of(halves, small_sky))
     names = [step.product for step in steps(job)]
+    more = load_job(job_of(halves, small_sky, TWO + 'labels = ["rv"]\n')).unify
+    assert more is not None and more.labels == ("rv",)
     for target in ("north", "south"):
         assert {f"{target}.{x}" for x in ("pairs", "evidence", "coverage", "corrected")} <= {*names}
     assert "north.rv.corrected" in names and "south.rv.corrected" not in names
@@ -161,7 +163,7 @@ dtype = "string"
 """
 
 
-def test_stars_that_are_known_are_compared(halves, small_sky):
+def test_stars_that_are_known_are_compared(halves, small_sky, caplog):
     store = halves / "store"
     if not (store / "current/north.observations").exists():  # of another test
         rebuild(load_job(job_of(halves, small_sky)))
@@ -183,6 +185,7 @@ def test_stars_that_are_known_are_compared(halves, small_sky):
     directory = made.path / "known.validation"
     manifest = Manifest.load(directory)
     assert manifest.rows.dropped == {"not in the unified catalog": 1}
+    assert "1 of 402 stars of the list are not in the unified catalog, such as 9999" in caplog.text
     found = pq.read_table(directory / "validation.parquet").to_pylist()
     known = {(x["label"], x["survey"], x["group"]): x for x in found}
     north = known["teff", "north", "c0"]
@@ -225,6 +228,26 @@ def test_the_unified_catalog_has_a_page_and_a_view(halves, small_sky, cli, monke
     assert re.search(rf"feh \[dex\] +apogee +galah +{one['n']:,} ", shown.out)
     wrong = cli("agreement", "--store", halves / "store", "--label", "mg")
     assert wrong.code == 3 and "'mg' is not one of teff" in wrong.err
+
+
+@pytest.mark.parametrize(
+    ("stars", "says"),
+    [
+        ("1,{ra!r},{dec!r},5000,all\n", "has a group 'all', the name of the total"),
+        ("1,1.0,89.99,5000,c1\n", "no star of the list .* is in the unified catalog"),
+    ],
+)
+def test_lists_that_cannot_be_compared_are_refused(halves, small_sky, stars, says):
+    job = job_of(halves, small_sky)
+    store = halves / "store"
+    if not store.exists():
+        rebuild(load_job(job))
+    row = rows_of((store / "current/north.observations").resolve()).to_pylist()[0]
+    (halves / "few.csv").write_text("id,ra,dec,teff,cluster\n" + stars.format(**row))
+    (halves / "list.toml").write_text(LIST)
+    more = '[validation.few]\nsurvey = "list.toml"\nfiles = ["few.csv"]\ngroup = "cluster"\n'
+    with pytest.raises(CatalogError, match=says):
+        rebuild(load_job(job_of(halves, small_sky, TWO + more)))
 
 
 @pytest.mark.parametrize(

@@ -171,10 +171,11 @@ def surveys_apart(folder: Path, n: int, shift: float, n_bad: int = 0) -> dict[st
 
 
 @pytest.mark.parametrize("n_bad", [0, 1])
-def test_zero_points_are_medians_of_fifty_common_stars_or_more(tmp_path, n_bad):
+def test_zero_points_are_medians_of_fifty_common_stars_or_more(tmp_path, n_bad, caplog):
     stars = surveys_apart(tmp_path, MIN_COMMON, 40.0, n_bad)
     settings = ReferenceSettings(order=("a",), rows_per_partition=20)
     found = reference(stars, tmp_path / "reference", settings).summary["offsets"]
+    assert ("b has fewer than 50 good stars in common with a" in caplog.text) == bool(n_bad)
     if n_bad:
         assert found == {}
         return

@@ -276,3 +276,23 @@ def test_surveys_whose_columns_would_be_alike_are_refused(two, tmp_path, names):
     given = dict(zip(names, two.values(), strict=True))
     with pytest.raises(ConfigError, match="would have the names of others"):
         unify(given, tmp_path / "sos", UnifySettings(labels=("feh",)))
+
+
+def test_one_gaia_id_of_stars_far_apart_is_said(two, tmp_path, caplog):
+    given = {}
+    for name, rows in two.items():
+        table = rows_of(rows.path)
+        number = np.arange(len(table))
+        if name == "far":  # the first two rows of the reference, at other places
+            number -= len(table) - 2
+        ids = [5 * 10**18 + x if x >= 0 else None for x in number.tolist()]
+        column = pa.array(ids, pa.int64())
+        names = [x for x in table.schema.names if x != "gaia_dr3_source_id"]
+        table = table.select(names).append_column("gaia_dr3_source_id", column)
+        given[name] = write_catalog(table, tmp_path / f"with-{name}")
+    made = unify(given, tmp_path / "sos", UnifySettings(order=("ref", "far"), labels=("feh",)))
+    assert made.summary["ids_apart"] == 2
+    assert "gaia_dr3_source_id: 2 ids are of stars farther apart than id_radius" in caplog.text
+    assert "5000000000000000000 of far:" in caplog.text and "ref:" in caplog.text
+    sources = [one["sources"] for one in stars_of(tmp_path / "sos")]
+    assert not any("far:201" in one and "ref:104" in one for one in sources), "they stay apart"

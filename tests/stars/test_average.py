@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from sos_dask.columns import FloatArray
+from sos_dask.errors import CatalogError
 from sos_dask.stars.average import Means, average, floors, improbable, survey_means
 
 SHAPE = (4, 3)
@@ -172,6 +173,13 @@ def test_shares_are_the_best_that_are_not_negative(sigma, rho):
     best = min(variance(np.array(share)) for share in every)
     assert found.error[0] ** 2 <= best * (1 + 1e-9)
     assert 1.0 <= found.value[0] <= 3.0
+
+
+def test_one_survey_twice_is_refused():
+    value = np.random.default_rng(1).normal(5000, 300, 60)
+    both = np.stack([value, value + 3], axis=1)
+    with pytest.raises(CatalogError, match="'a' and 'b' have the same values of 60 stars"):
+        floors(both, np.full((60, 2), 50.0), ["a", "b"])
 
 
 def test_surveys_without_common_stars_have_no_floor():

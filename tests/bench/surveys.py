@@ -1,9 +1,9 @@
 """What the unified catalog promises, counted on five mock surveys against the truth of their stars.
 
 ``python -m tests.bench.surveys --out DIR [--rows 4500000] [--seed 31]``: a sky with clusters and
-binaries (at 19,000,000 rows 1,700,000 of the references, 1,000,000 and 600,000 of the others), a job
-that corrects LAMOST, RAVE and the RVS of Gaia to APOGEE and GALAH, and what came of it. What is in
-DIR already is not made again.
+binaries (at 19,000,000 rows 1,700,000 of the references, 1,000,000 and 600,000 of the others), a
+job that corrects LAMOST, RAVE and the RVS of Gaia to APOGEE and GALAH, and what came of it. What is
+in DIR already is not made again.
 
 ``--cost``: CPU seconds and memory of correcting LAMOST's labels alone, and of the whole job to
 ``sos`` with the labels of all five, both from the files on.

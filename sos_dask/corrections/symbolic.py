@@ -17,7 +17,10 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +65,7 @@ class Settings(settings.Settings):
     standard_errors: float = Field(
         1.0, ge=0.0, le=100.0, description="A simpler formula may be worse by so many of them"
     )
+    engine: Literal["operon", "pysr"] = Field("operon", description="Program for the evolution")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the evolution")
     min_pairs: int = Field(200, ge=10, le=10**6, description="Fewest training pairs of a label")
 
@@ -140,7 +144,7 @@ class SymbolicCorrection(Correction):
     def fit(cls, training: Training, settings: Settings) -> SymbolicCorrection:
         """Fit; see `sos_dask.corrections.fit`. Labels evolve on the workers of a client at once."""
         summary = base.summarise(training, cls.method, settings, settings.min_pairs)
-        _require_packages()
+        _require(settings.engine)
         scale = Scale.of(summary)
         sample = draw_sample(training, scale, settings.n_sample)
         pairs = draw_sample(training, scale, MOST_PAIRS, even=False)
@@ -177,8 +181,8 @@ def _search(
     # The sample is in the order of its hash: any two halves are alike.
     half = len(y) // 2
     z = np.clip((u.T / np.array(scale.width))[:half], -5, 5)
-    names = scale.info.problem.features
-    texts = _evolve(z, np.clip(y[:half], -CLIP, CLIP), settings, list(names))
+    evolve, names = _ENGINES[settings.engine], scale.info.problem.features
+    texts = evolve(z, np.clip(y[:half], -CLIP, CLIP), settings, list(names))
     forms: dict[str, Template] = {}
     for text in ["0", *texts]:
         found = Template.of(text, names, scale.width)
@@ -251,19 +255,25 @@ def _scatter(residual: FloatArray) -> float:
     return MAD_TO_SIGMA * float(np.median(np.abs(residual)))
 
 
-# --- evolution ---------------------------------------------------------------------------------
+# --- engines -----------------------------------------------------------------------------------
 
 
-def _require_packages() -> None:
-    """Raise `ModelError` where the program for the evolution is not installed."""
-    needed = ("pyoperon", "sympy")
+def _require(engine: str) -> None:
+    """Raise `ModelError` where an engine is not installed, without importing it."""
+    # Importing pysr without Julia would download one.
+    needed = {"operon": ["pyoperon"], "pysr": ["pysr", "juliacall"]}[engine] + ["sympy"]
     missing = [n for n in needed if sys.modules.get(n, n) is None or not find_spec(n)]
+    how = "Install it with: pip install 'sos_dask[symbolic]'"
+    if engine == "pysr":
+        how = "Install Julia and 'pip install pysr', or set engine = 'operon'."
+        if not (shutil.which("julia") or os.environ.get("PYTHON_JULIACALL_EXE")):
+            missing.append("julia")
     if missing:
-        what = f"symbolic regression needs {', '.join(missing)}, which is not installed"
-        raise ModelError(what, "Install it with: pip install 'sos_dask[symbolic]'")
+        needs = f"symbolic.engine = '{engine}' needs {', '.join(missing)}"
+        raise ModelError(f"{needs}, which is not installed", how)
 
 
-def _evolve(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) -> list[str]:
+def _operon(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) -> list[str]:
     from pyoperon.sklearn import SymbolicRegressor
 
     symbols = ["add", "sub", "mul", "constant", "variable"]
@@ -286,6 +296,30 @@ def _evolve(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) 
         regressor.fit(z, y)
         trees = [entry["tree"] for entry in regressor.pareto_front_]
         return [regressor.get_model_string(tree, precision=15, names=names) for tree in trees]
+
+
+def _pysr(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) -> list[str]:
+    # Cranmer 2023, arXiv:2305.01582
+    from pysr import PySRRegressor
+
+    with tempfile.TemporaryDirectory() as folder:
+        regressor = PySRRegressor(
+            binary_operators=["+", "-", "*", *["/"] * (settings.operators == "rational")],
+            maxsize=max(7, settings.max_length),
+            population_size=max(20, settings.population // 10),
+            niterations=settings.generations,
+            random_state=settings.seed,
+            deterministic=True,
+            parallelism="serial",
+            progress=False,
+            verbosity=0,
+            output_directory=folder,
+        )
+        regressor.fit(z, y, variable_names=names)
+        return [str(text) for text in regressor.equations_["equation"]]
+
+
+_ENGINES = {"operon": _operon, "pysr": _pysr}
 
 
 # --- the sample --------------------------------------------------------------------------------

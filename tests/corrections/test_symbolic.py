@@ -1,6 +1,7 @@
 import json
 import pickle
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ from sos_dask import corrections as models
 from sos_dask.corrections import Batch, symbolic
 from sos_dask.corrections.formula import Formula
 from sos_dask.corrections.symbolic import Scale, SymbolicCorrection, draw_sample
-from sos_dask.errors import ModelError
+from sos_dask.errors import ConfigError, ModelError
 from sos_dask.schema import LABELS
 from sos_dask.stats.numbers import scatter
 from tests.corrections.pairs import NOISE, ArraySource, bias, biased_pairs
 from tests.corrections.test_formula import points, python
+from tests.steps import FEATURES
 
 QUICK = {"n_sample": 1000, "population": 60, "generations": 10, "max_length": 15}
 
@@ -55,7 +57,7 @@ def test_the_sample_takes_more_of_sparse_places():
     assert len(sample_of(ArraySource(batch), 100_000).features) == 20_000
 
 
-# --- packages that are not there ---------------------------------------------------------------
+# --- engines that are not there ----------------------------------------------------------------
 
 
 def test_without_pyoperon(monkeypatch):
@@ -63,6 +65,35 @@ def test_without_pyoperon(monkeypatch):
     with pytest.raises(ModelError, match="needs pyoperon") as caught:
         fit(ArraySource(biased_pairs(1000)))
     assert "sos_dask[symbolic]" in caught.value.hint
+
+
+def test_pysr_is_not_imported_without_julia(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("PYTHON_JULIACALL_EXE", raising=False)
+    with pytest.raises(ModelError, match=r"engine = 'pysr' needs .*julia") as caught:
+        fit(ArraySource(biased_pairs(1000)), params={"engine": "pysr"})
+    assert "operon" in caught.value.hint
+    assert "pysr" not in sys.modules
+    with pytest.raises(ConfigError, match="must be 'operon' or 'pysr'"):
+        fit(ArraySource(biased_pairs(1000)), params={"engine": "eureqa"})
+
+
+def test_formulas_of_pysr_are_read(monkeypatch):
+    class Regressor:
+        def __init__(self, **options):
+            assert options["deterministic"] is True
+            assert options["parallelism"] == "serial"
+
+        def fit(self, z, y, variable_names):
+            assert variable_names == list(FEATURES)
+            self.equations_ = {"equation": ["0.1", "logg * feh * 0.3 + 0.1", "1.0 / (feh - feh)"]}
+
+    monkeypatch.setattr(symbolic, "_require", lambda engine: None)
+    monkeypatch.setitem(sys.modules, "pysr", SimpleNamespace(PySRRegressor=Regressor))
+    batch = biased_pairs(3000, 3)
+    out = fit(ArraySource(batch), params={**QUICK, "engine": "pysr"})
+    assert [len(choice.front) for choice in out.choices] == [2, 2, 2]
+    assert np.isfinite(out.predict(batch.features)).all()
 
 
 # --- fits --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Options: their texts in one table, and commands made of functions with settings."""
+"""Options: their texts from one file, and commands made of functions with settings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -34,110 +35,7 @@ _FEW_CORES = 4
 _ENDS = {"workers": (0, None), "threads": (1, None), "rows": (1000, 10**9), "seed": (0, 2**31 - 1)}
 _ENDS |= {"rave": (0, 10**9), "rvs": (0, 10**9), "clusters": (0, 10**6)}
 _ENDS |= {"days": (1, 36_500)}
-# By parameter, or by command and parameter: names (but for its own) and metavar, and what it does.
-_TEXTS = {
-    "after": ("BUILD", "Another build."),
-    "against": ("NAME", "Only bins of this quantity: teff, logg, feh, snr, ..."),
-    "as_json": ("--json", "Print one JSON object; progress goes to stderr."),
-    "before": ("BUILD", "Name of a build, or how it begins; current: the published one."),
-    "build": ("[BUILD]", "Name of a build, or how it begins."),
-    "catalog": ("", "Directory of a catalog."),
-    "certs.days": ("N", "Days that they are valid."),
-    "certs.directory": ("", "Folder that gets certificates and keys."),
-    "cluster": ("--cluster NAME=VALUE",
-        "Key of [cluster] in a job, such as kind=slurm or maximum=8; repeatable."),
-    "columns": ("--column -c NAME[=OTHER]", "Column to add; repeatable."),
-    "coverage": ("DIRECTORY",
-        "Product 'coverage' of this catalog and model: adds coverage and its flags, fades the "
-        "correction and widens the errors where it is low."),
-    "coverage.errors": ("DIRECTORY",
-        "With PAIRS: product 'uncertainty' of this model, which apply is to widen."),
-    "coverage.inputs": ("PAIRS MODEL CATALOG STARS",
-        "Pairs, a model trained on them, the catalog to score and its stars; without: the current "
-        "build of the store."),
-    "demo.store": ("DIRECTORY", "Folder that gets everything."),
-    "export.citation": ("FILE", "Also write product, build, surveys and papers: .txt or .bib."),
-    "export.columns": ("NAME,NAME", "Only these columns, in this order."),
-    "export.dictionary": ("FILE",
-        "Also write a data dictionary (.md, .csv or .json): type, unit, UCD, meaning, range, nulls "
-        "and bits of every column."),
-    "export.file": ("--out -o FILE",
-        "File that gets the table: .fits, .vot, .csv, .ecsv or .parquet."),
-    "export.overwrite": ("", "Replace files that exist."),
-    "errors": ("DIRECTORY", "Product 'uncertainty' of a build with this model: errors are added."),
-    "fallback": ("MODEL",
-        "With --coverage, what the correction fades to: the directory of a polynomial model; none: "
-        "no correction; edge: nothing fades."),
-    "files": ("", "Files of the survey."),
-    "gc.dry_run": ("", "List what would be removed; remove nothing."),
-    "grid": ("LABEL=LOW,HIGH",
-        "With PAIRS: limits of the grid of the survey's pipeline; repeatable. Default: smallest "
-        "and largest value."),
-    "inputs": ("PAIRS MODEL",
-        "Pairs and models trained on them; without: the current build of the store."),
-    "job": ("[JOB]", "Job file (its store is used), or a store."),
-    "keep": ("N", "Number of latest builds to keep."),
-    "key": ("COLUMN",
-        "Key of a catalog that another program made: integers or text, each once. Repeatable: a "
-        "catalog takes the first that it has. Default: star_id or obs_id."),
-    "cone": ("RA DEC RADIUS", "Only rows within a radius of a place, in degrees."),
-    "correction": ("NAME", "Correction of the job, such as rv. Default: its first."),
-    "label": ("NAME", "Only this label, such as feh."),
-    "left": ("", "Target: observations or stars, or any HATS catalog."),
-    "log_format": ("FORMAT", "Progress on stderr as text or json: lines with their time."),
-    "margin_arcsec": ("X", "Also write a margin catalog, OUT.collection, for LSDB."),
-    "memory_limit": ("SIZE", "Memory of each worker or thread, like 4GiB."),
-    "model": ("", "Directory of a trained model."),
-    "no_bias": ("", "No systematic difference between the surveys."),
-    "no_lock": ("", "Run beside another rebuild of the store: harmless, but twice the work."),
-    "no_offsets": ("",
-        "Do not put every survey on the zero point of the first by median differences."),
-    "other": ("", "Directory of any HATS catalog."),
-    "out": ("--out -o DIRECTORY", "Directory that gets the output."),
-    "overwrite": ("", "Replace another output in the same directory."),
-    "pairs": ("", "Catalog of pairs."),
-    "param": ("--param -p NAME=VALUE", "Parameter of the method."),
-    "rebuild.dry_run": ("", "List what would run, and why; run nothing."),
-    "rebuild.job": ("", "Job file (TOML)."),
-    "rebuild.store": ("DIRECTORY", "Used instead of the job's store."),
-    "reference.catalogs": ("", "Catalogs of stars as NAME=DIRECTORY, the preferred one first."),
-    "report.out": ("--out -o DIRECTORY",
-        "Directory that gets the report. Default: that of the build, or STORE/report."),
-    "right": ("", "Reference: stars, or any HATS catalog."),
-    "rows": ("N", "Rows of LAMOST."),
-    "rave": ("N", "Rows of RAVE DR6, of the same stars."),
-    "rvs": ("N", "Rows of the radial velocities of Gaia DR3, of the same stars."),
-    "clusters": ("N", "Star clusters, whose stars share [Fe/H] and velocity."),
-    "binaries": ("SHARE", "Share of the stars whose radial velocity varies."),
-    "sample": ("NAME", "test (held out) or train. Default: test; with --json both."),
-    "scheduler": ("ADDRESS",
-        "Address or scheduler file of a running Dask cluster, used instead of own workers."),
-    "seed": ("N", "Same seed, same sky."),
-    "sky": ("SHAPE",
-        "What makes the sky harder; repeatable: step, hooks, saturation, correlated, wrong, "
-        "narrow; hard: all of them."),
-    "store": ("DIRECTORY",
-        "Folder of artifacts and builds, or a job file: its store. Default: store, or the only "
-        "store near it."),
-    "survey": ("", "Name of a survey, or path of a survey TOML."),
-    "threads": ("N",
-        "Threads of this process instead of workers; with up to 4 cores the default, one per core. "
-        "They start at once and share the memory of the process."),
-    "train.method": ("--method -m NAME", "polynomial, boosted, hybrid, symbolic or simex."),
-    "trends.method": ("NAME", "Only after this correction."),
-    "unify.catalogs": ("",
-        "Observations, or corrected rows, as NAME=DIRECTORY; the first survey names a star."),
-    "unify.label": ("", "A label to average; repeatable. Default: teff, logg, feh and rv."),
-    "unify.reference": ("", "The united references: their zero points are taken off."),
-    "unify.stars": ("--stars NAME=DIRECTORY",
-        "Stars of a survey, whose repeats tell how far its stated errors are wrong."),
-    "verify.catalogs": ("", "Directories of outputs; of a store or build: all in it."),
-    "where": ("CONDITION",
-        "Only rows that pass, like \"teff > 4000 and (flag_sos & 23 == 0 or rv is not null)\"."),
-    "workers": ("--workers -w N",
-        "Worker processes; 0: none, all in this process. Default: one per core."),
-    "yes": ("", "Do not ask."),
-}  # fmt: skip
+_TEXTS = tomllib.loads((resources.files("sos_dask") / "templates/options.toml").read_text("utf-8"))
 
 
 def _no_file(path: Path | None) -> Path | None:

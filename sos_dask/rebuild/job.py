@@ -133,8 +133,9 @@ class PublishSection(Settings):
 
 
 class AttachSection(AttachSettings):
-    """Columns of another catalog that are added to the target."""
+    """Columns of another catalog that are added to a target, by default the first."""
 
+    target: str | None = None
     files: list[str] = Field(default_factory=list)
     catalog: str | None = None
     id: str = "source_id"

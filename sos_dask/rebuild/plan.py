@@ -540,7 +540,7 @@ def _key(job: Job, key: str) -> Iterator[None]:
 
 
 def _targets(job: Job) -> list[_Target]:
-    """Name the targets, of which the first has companions; wrong surveys are refused."""
+    """Name the targets, each with its companions; wrong surveys are refused."""
     sections = {"target": job.target} if job.target is not None else {}
     sections |= {f"targets.{name}": section for name, section in job.targets.items()}
     found: list[_Target] = []
@@ -553,9 +553,17 @@ def _targets(job: Job) -> list[_Target]:
                 f"{job.path}: the target's survey and another one are named '{name}'",
                 'Give the target another name: target_name = "...".',
             )
-        attached = {} if found else job.attach
+        attached = {
+            companion: one
+            for companion, one in job.attach.items()
+            if one.target == name or (one.target is None and not found)
+        }
         columns = _columns(job, section) | _attached(attached)
         found.append(_Target(name, f"[{key}]", section, columns, attached))
+    for companion, of in job.attach.items():
+        if of.target is not None and of.target not in (names := [one.name for one in found]):
+            text = f"{job.path}: attach.{companion}.target: '{of.target}' is no target"
+            raise ConfigError(text, nearest(of.target, names) or f"Targets: {', '.join(names)}.")
     for name, other in job.reference.items():
         with _key(job, f"reference.{name}.survey"):
             columns = _columns(job, other)

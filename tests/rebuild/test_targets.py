@@ -163,6 +163,21 @@ dtype = "string"
 """
 
 
+def test_each_target_may_get_columns_of_others(halves, small_sky):
+    given = 'files = ["gaia.parquet"]\ncolumns = {{ distance = "distance" }}\n'
+    both = f"[attach.one]\n{given}[attach.two]\n{given}"
+    job = load_job(job_of(halves, small_sky, TWO + both + 'target = "south"\n'))
+    made = {step.product: step for step in steps(job)}
+    assert made["north.with-one"].inputs["other"] == "one.companion"
+    assert made["south.with-two"].inputs["other"] == "two.companion"
+    assert "south.with-one" not in made and "north.with-two" not in made
+    assert made["south.sample"].inputs["observations"] == "south.with-two"
+    wrong = load_job(job_of(halves, small_sky, TWO + both + 'target = "soth"\n'))
+    with pytest.raises(ConfigError, match=r"attach\.two\.target: 'soth' is no target") as caught:
+        steps(wrong)
+    assert "south" in caught.value.hint
+
+
 def test_stars_that_are_known_are_compared(halves, small_sky, caplog):
     store = halves / "store"
     if not (store / "current/north.observations").exists():  # of another test

@@ -58,7 +58,7 @@ class Reference(United[ReferenceSettings]):
     def make(self, run: Run) -> Made:
         """Plan the partitions, measure the zero points, and unite the stars of each partition."""
         catalogs, self.union = self.surveys(), self.settings
-        pixels = self.plan(run, "reference")
+        pixels, _ = self.plan(run, "reference")
         parts = by_pixel(pixels)
         if self.settings.offsets == "measured" and len(catalogs) > 1:
             run.parts("common", parts, self.compare_surveys, "zero points")

@@ -142,9 +142,9 @@ class Unify(United[UnifySettings]):
     def make(self, run: Run) -> Made:
         """Plan the partitions, compare the surveys, and average the stars of each partition."""
         catalogs, labels = self.surveys(), self.settings.labels
-        pixels = self.plan(run, "unify")
+        pixels, counts = self.plan(run, "unify")
         parts = by_pixel(pixels)
-        some = by_pixel(enough(pixels, self.counts, _ENOUGH))
+        some = by_pixel(enough(pixels, counts, _ENOUGH))
         run.parts("common", some, self.compare_surveys, "stars in common")
         common = [run.output.read_piece(f"common-{key}") for key in some]
         sample = pa.concat_tables(common) if common else None

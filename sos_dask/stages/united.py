@@ -54,23 +54,24 @@ class United(Stage[U]):
     of_surveys: ClassVar[str]
     """The role of the surveys' catalogs."""
     motion_arcsec = 0.0
-    counts: IntArray
-    """Rows of each survey in each cell of the plan."""
 
     def surveys(self) -> dict[str, Catalog]:
         """Catalogs by survey."""
         return {x.partition(".")[2]: self.catalog(x) for x in self.named(self.of_surveys)}
 
-    def plan(self, run: Run, what: str) -> list[HealpixPixel]:
-        """Plan the partitions by the positions at the common epoch."""
+    def plan(self, run: Run, what: str) -> tuple[list[HealpixPixel], IntArray]:
+        """Plan the partitions by the positions at the common epoch.
+
+        Given are the rows of each survey in each cell, (s, cells), too.
+        """
         catalogs, counted = self.surveys(), places(self.surveys())
         shape = len(catalogs), 12 * 4**_HISTOGRAM_ORDER
-        self.counts = np.zeros(shape, dtype=np.int64)
+        counts = np.zeros(shape, dtype=np.int64)
         done = run.parts("counts", counted, self.count_rows, f"{what} plan")
         for (survey, _), record in zip(counted.values(), done, strict=True):
             number = list(catalogs).index(survey)
-            np.add.at(self.counts[number], record["cells"], record["rows"])
-        histogram = self.counts.sum(axis=0)
+            np.add.at(counts[number], record["cells"], record["rows"])
+        histogram = counts.sum(axis=0)
         pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, self.settings.rows_per_partition)
         n_bytes = 0
         for catalog in (one for one in catalogs.values() if one.n_rows):
@@ -79,7 +80,7 @@ class United(Stage[U]):
         self.require_pixel(run.cluster, pixels, histogram, n_bytes)
         motions = map(motion_of, catalogs.values())
         self.motion_arcsec = max(moved_arcsec(one, self.settings.epoch) for one in motions)
-        return pixels
+        return pixels, counts
 
     def count_rows(self, output: Output, key: str, item: Place) -> dict[str, Any]:
         """Count the rows of a survey's partition by cell, at the common epoch."""
@@ -132,8 +133,7 @@ class United(Stage[U]):
 def enough(pixels: Sequence[HealpixPixel], counts: IntArray, n_rows: int) -> list[HealpixPixel]:
     """Choose partitions, from all of the sky, in which surveys may have stars in common.
 
-    So many of each two surveys, or as many as they may have at all. ``counts`` (s, cells): of
-    `United`.
+    So many of each two surveys, or as many as they may have at all. ``counts``: of `United.plan`.
     """
     ends = np.array([[one.first, one.stop] for one in pixels], dtype=np.int64).reshape(-1, 2)
     ends >>= 2 * (MAX_ORDER - _HISTOGRAM_ORDER)

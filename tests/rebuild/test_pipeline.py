@@ -147,6 +147,7 @@ def test_products_are_named_as_documented(small_store):
         "lamost.generalisation",
         "lamost.projection",
         "report",
+        "sos.report",
     }  # where a job has them
     assert named - asked <= set(products)
     for product in products:
